@@ -1,0 +1,1 @@
+//! rafsd serves RAFS container images to microVM guests over virtio-fs, lazily.
