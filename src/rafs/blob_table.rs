@@ -7,13 +7,10 @@ use super::error::{FormatError, Result};
 use super::id::{BlobId, BlobIndex};
 use super::layout::{
     BLOCK_SIZE, BatchContext, BlobEntry, BlobFeatures, CI_HEADER_SIZE, CiV1, CiV2, DeviceSlot,
-    MAX_CHUNKS, MAX_COMPRESSED_SIZE, MAX_UNCOMPRESSED_SIZE,
+    MAX_CHUNKS, MAX_COMPRESSED_SIZE, MAX_UNCOMPRESSED_SIZE, TarHeader,
 };
+use super::toc::MAX_TOC_SIZE;
 
-/// Size in bytes of the tar header behind each section of a packed blob.
-const TAR_HEADER_SIZE: u64 = 512;
-/// Largest table of contents in bytes.
-const MAX_TOC_SIZE: u32 = 0x1_0000;
 /// Feature bits that no reader knows but must know, and one that is never stored.
 const REFUSED_FEATURES: u32 = 0x8000_F000;
 
@@ -163,7 +160,7 @@ fn check_entry(
         ensure(ci_end <= compressed_size, "chunk-info array is not inside the blob")?;
         let header = features.contains(BlobFeatures::HAS_TAR_HEADER);
         ci_offset
-            .checked_sub(if header { TAR_HEADER_SIZE } else { 0 })
+            .checked_sub(if header { size_of::<TarHeader>() as u64 } else { 0 })
             .ok_or("chunk-info array starts inside the tar header before it")?
     };
     Ok(BlobInfo {
