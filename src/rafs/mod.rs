@@ -3,6 +3,7 @@
 //! No threads, no sockets; nothing here trusts a byte it was given.
 
 pub mod blob_table;
+pub mod ci;
 pub mod codec;
 pub mod error;
 pub mod id;
