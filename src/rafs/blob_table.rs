@@ -26,9 +26,6 @@ pub struct BlobInfo {
     pub compressor: Compressor,
     pub digester: Digester,
     pub features: BlobFeatures,
-    /// Bytes as stored in the table. The length of a native blob's file; of a packed one the place
-    /// of its bootstrap, so not a length to insist on.
-    pub compressed_size: u64,
     /// First byte of the blob file that is not chunk data: bounds every chunk.
     pub data_end: u64,
     /// Bytes of the uncompressed blob, a multiple of 4096: the size of its cache file.
@@ -171,7 +168,6 @@ fn check_entry(
         compressor: compressor(entry.compressor.get())?,
         digester,
         features,
-        compressed_size,
         data_end,
         uncompressed_size,
         ci_compressor: compressor(entry.ci_compressor.get())?,

@@ -5,6 +5,7 @@
 pub mod blob_table;
 pub mod bootstrap;
 pub mod chunk_table;
+pub mod ci;
 pub mod codec;
 pub mod dir;
 pub mod error;
