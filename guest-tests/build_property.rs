@@ -164,7 +164,7 @@ fn content(seed: u8, len: usize) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn any_tree_in_the_same_tree_out(
         items in vec(item(), 0..60),
