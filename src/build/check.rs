@@ -1,0 +1,1 @@
+//! `rafs check`.
