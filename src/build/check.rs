@@ -46,7 +46,7 @@ pub struct Args {
 
     /// Print at most this many problems.
     ///
-    /// The others are counted. Default: 100.
+    /// The others are counted.
     #[arg(long, value_name = "N", default_value_t = 100)]
     max_problems: usize,
 }

@@ -209,3 +209,32 @@ fn without_a_chunk_table_digests_cannot_be_told() {
     assert_eq!(code, 1, "{out}");
     assert!(out.contains("has 4 bytes, in the chunk-info array 5"), "{out}");
 }
+
+#[test]
+fn damaged_files_are_checked_to_the_end() {
+    use proptest::test_runner::{Config, TestRunner};
+    let config = Config { cases: 64, failure_persistence: None, ..Config::default() };
+    for case in ["v6-none", "v6-batch"] {
+        let (_dir, bootstrap, blobs) = copy(case);
+        let blob = only_blob(&blobs);
+        let sound = [&bootstrap, &blob].map(|path| std::fs::read(path).unwrap());
+        let changes = proptest::collection::vec(proptest::prelude::any::<(bool, u32, u8)>(), 1..6);
+        TestRunner::new(config.clone())
+            .run(&changes, |changes| {
+                let mut files = sound.clone();
+                for (in_blob, at, byte) in changes {
+                    let file = &mut files[usize::from(in_blob)];
+                    // Most of a bootstrap is not read: aim at where the tables and inodes are.
+                    let span = if in_blob { file.len() } else { 0x4400 };
+                    file[at as usize % span] = byte;
+                }
+                std::fs::write(&bootstrap, &files[0]).unwrap();
+                std::fs::write(&blob, &files[1]).unwrap();
+                let (code, out) = checked(&args(&bootstrap, Some(&blobs)));
+                assert_eq!(code == 0, out.ends_with(": nothing is wrong\n"), "{out}");
+                assert!(code != 0 || files[1] == sound[1], "{out}");
+                Ok(())
+            })
+            .unwrap();
+    }
+}
