@@ -22,6 +22,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Create(build::create::Args),
+    Inspect(build::inspect::Args),
+    Check(build::check::Args),
 }
 
 fn main() -> ExitCode {
@@ -30,6 +32,8 @@ fn main() -> ExitCode {
     env_logger::Builder::new().filter_level(cli.log_level).format_timestamp(None).init();
     let result = match cli.command {
         Command::Create(args) => build::create::run(args),
+        Command::Inspect(args) => build::inspect::run(args),
+        Command::Check(args) => build::check::run(args),
     };
     result.unwrap_or_else(|e| {
         let message = format!("rafs: {e:#}\n");

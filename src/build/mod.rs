@@ -1,4 +1,5 @@
-//! The image tool: a directory in, a RAFS v6 bootstrap and its data blob out.
+//! The image tool: a directory in, a RAFS v6 bootstrap and its data blob out, and what can be asked of
+//! an image: `inspect` shows what is in it, `check` verifies all of it.
 //!
 //! `create` runs the steps in this order:
 //! `tree` (what is in the source) · `prefetch` (which files come first) · `chunker` (files into runs
@@ -10,12 +11,14 @@
 #![forbid(unsafe_code)]
 
 pub mod blob_file;
+pub mod check;
 pub mod chunker;
 pub mod create;
 pub mod dedup;
 pub mod dirent;
 pub mod error;
-
+pub mod image_file;
+pub mod inspect;
 pub mod output;
 pub mod pipeline;
 pub mod place;
