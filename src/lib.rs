@@ -6,4 +6,5 @@
 
 pub mod backend;
 pub mod blob;
+pub mod build;
 pub mod rafs;
