@@ -9,6 +9,8 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::id::BlobIndex;
+
 /// Byte offset of the EROFS super block.
 pub const SUPER_OFFSET: usize = 1024;
 /// Byte offset of the RAFS extended super block.
@@ -316,6 +318,11 @@ impl ChunkAddr {
     /// Device slot plus one; 0 is not a blob.
     pub fn device(self) -> u8 {
         self.device.to_bytes()[0]
+    }
+
+    /// The blob; `None` for device 0, the bootstrap, which holds no chunks.
+    pub fn blob(self) -> Option<BlobIndex> {
+        self.device().checked_sub(1).map(BlobIndex)
     }
 
     /// Index in the chunk-info array of the blob.
