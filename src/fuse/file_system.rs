@@ -9,8 +9,8 @@ use std::error::Error;
 use std::sync::Arc;
 
 use super::abi::{self, Attr};
+use super::listing::Listing;
 use super::reply::Payload;
-use super::server::DirWriter;
 use super::wait::{Pins, Wait};
 use crate::rafs::FormatError;
 
@@ -66,7 +66,7 @@ pub(super) trait FileSystem: Send + Sync {
     fn lseek(&self, node: u64, offset: u64, whence: i32) -> Result<u64, FsError>;
 
     /// Writes entries from `cookie` on until `out` takes no more.
-    fn readdir(&self, node: u64, cookie: u64, out: &mut DirWriter<'_>) -> Result<(), FsError>;
+    fn readdir(&self, node: u64, cookie: u64, out: &mut Listing<'_>) -> Result<(), FsError>;
 
     fn statfs(&self) -> abi::StatfsOut;
 
@@ -142,10 +142,7 @@ impl FsError {
 
     /// Whether an operator should hear of it: something here is broken, not the request.
     pub(super) fn is_fault(&self) -> bool {
-        matches!(
-            self,
-            FsError::Damaged { .. } | FsError::Unreadable { .. } | FsError::Gone { .. }
-        )
+        matches!(self, FsError::Damaged { .. } | FsError::Unreadable { .. } | FsError::Gone { .. })
     }
 }
 

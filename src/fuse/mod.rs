@@ -9,6 +9,7 @@
 
 pub mod abi;
 mod file_system;
+mod listing;
 mod mounts;
 mod reply;
 mod request;

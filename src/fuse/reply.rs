@@ -95,9 +95,7 @@ impl<'a> Payload<'a> {
     /// `skip + room` bytes must be in the slices.
     fn new(slices: &'a [VolatileSlice<'a>], skip: usize, room: usize) -> Self {
         let mut payload = Payload { slices, filled: 0, room, written: 0 };
-        if room > 0 || skip == 0 {
-            payload.skip(skip);
-        }
+        payload.skip(skip);
         payload
     }
 
@@ -186,12 +184,13 @@ impl<'a> Payload<'a> {
             let take = target.len().min(len);
             let start = target.ptr_guard_mut().as_ptr();
             len -= take;
+            let full = iov.len() == IOV_MAX;
             match iov.last_mut() {
                 // The guest's pages often lie one behind the other.
                 Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == start => {
                     last.iov_len += take;
                 }
-                _ if iov.len() == IOV_MAX => break,
+                _ if full => break,
                 _ => iov.push(libc::iovec { iov_base: start.cast(), iov_len: take }),
             }
             if len == 0 {
@@ -244,7 +243,7 @@ mod tests {
     }
 
     /// Ways to cut 40 bytes.
-    const CUTS: [&[usize]; 5] = [&[40], &[16, 24], &[1, 0, 38, 1], &[7; 6], &[1; 40]];
+    const CUTS: [&[usize]; 5] = [&[40], &[16, 24], &[1, 0, 38, 1], &[7, 7, 7, 7, 7, 5], &[1; 40]];
 
     #[test]
     fn an_answer_is_whole_however_its_buffers_are_cut() {
@@ -282,7 +281,8 @@ mod tests {
         let content: Vec<u8> = (0..100).collect();
         file.write_all(&content).unwrap();
         // (offset, asked, got), with 24 bytes of room
-        for (offset, asked, got) in [(0, 24, 24), (3, 10, 10), (50, 100, 24), (95, 24, 5), (100, 1, 0)]
+        for (offset, asked, got) in
+            [(0, 24, 24), (3, 10, 10), (50, 100, 24), (95, 24, 5), (100, 1, 0)]
         {
             for cut in CUTS {
                 let mut buffers = Buffers::new(cut);
@@ -307,7 +307,8 @@ mod tests {
         file.write_all(&content).unwrap();
         // Every other byte of memory, so that no two buffers touch.
         let mut memory = vec![0; 6032];
-        let slices: Vec<_> = memory.chunks_mut(2).map(|two| VolatileSlice::from(&mut two[..1])).collect();
+        let slices: Vec<_> =
+            memory.chunks_mut(2).map(|two| VolatileSlice::from(&mut two[..1])).collect();
         let mut reply = Reply::new(&slices);
         let mut payload = reply.payload(usize::MAX);
         assert_eq!(payload.put_file(file.as_fd(), 0, 3000).unwrap(), 3000);

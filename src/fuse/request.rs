@@ -61,29 +61,52 @@ impl RequestError {
 pub(super) enum Operation<'a> {
     Init(abi::InitIn),
     Destroy,
-    Interrupt { unique: u64 },
+    Interrupt {
+        unique: u64,
+    },
     Forget(ForgetList<'a>),
     /// An answer to a notification: wants no answer itself.
     NotifyReply,
-    Lookup { name: &'a [u8] },
+    Lookup {
+        name: &'a [u8],
+    },
     Getattr,
     Statx,
     Readlink,
-    Open { flags: u32 },
-    Read { offset: u64, size: u32 },
-    Lseek { offset: u64, whence: u32 },
+    Open {
+        flags: u32,
+    },
+    Read {
+        offset: u64,
+        size: u32,
+    },
+    Lseek {
+        offset: u64,
+        whence: u32,
+    },
     Flush,
     Release,
     Fsync,
     Opendir,
-    Readdir { cookie: u64, size: u32, plus: bool },
+    Readdir {
+        cookie: u64,
+        size: u32,
+        plus: bool,
+    },
     Releasedir,
     Fsyncdir,
     Syncfs,
     Statfs,
-    Access { mask: u32 },
-    Getxattr { name: &'a [u8], size: u32 },
-    Listxattr { size: u32 },
+    Access {
+        mask: u32,
+    },
+    Getxattr {
+        name: &'a [u8],
+        size: u32,
+    },
+    Listxattr {
+        size: u32,
+    },
     /// Anything that would change the file system.
     Change,
     Unknown,
@@ -373,8 +396,7 @@ mod tests {
 
     #[test]
     fn each_node_of_a_batch_is_forgotten() {
-        let body: Vec<u8> =
-            [2, 5, 50, 6, 60].iter().flat_map(|n: &u64| n.to_ne_bytes()).collect();
+        let body: Vec<u8> = [2, 5, 50, 6, 60].iter().flat_map(|n: &u64| n.to_ne_bytes()).collect();
         let request = Request::parse(&request(opcode::BATCH_FORGET, &body)).unwrap();
         let Operation::Forget(list) = request.operation().unwrap() else { panic!() };
         let mut seen = vec![];

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use zerocopy::IntoBytes;
 
-use super::abi::{self, Attr, Direntplus, EntryOut};
+use super::abi::{self, Attr, EntryOut};
 use super::file_system::{Entry, FsError, chain};
+use super::listing::Listing;
 use super::mounts::{Mounts, Place};
-use super::reply::{Payload, Reply};
+use super::reply::Reply;
 use super::request::{ForgetList, Operation, Request};
 use super::session::{ServerOptions, Session, Terms};
 use super::wait::{Pins, Wait};
@@ -147,15 +148,13 @@ impl Server {
             }
             Operation::Getattr => {
                 let attr = fs.attr(node)?;
-                let out =
-                    abi::AttrOut { attr_valid: fs.valid_secs(), attr, ..Default::default() };
+                let out = abi::AttrOut { attr_valid: fs.valid_secs(), attr, ..Default::default() };
                 let len = if terms.minor() < 9 { 96 } else { size_of::<abi::AttrOut>() };
                 reply.bytes(unique, &out.as_bytes()[..len])
             }
             Operation::Statx => {
                 let stat = statx(&fs.attr(node)?);
-                let out =
-                    abi::StatxOut { attr_valid: fs.valid_secs(), stat, ..Default::default() };
+                let out = abi::StatxOut { attr_valid: fs.valid_secs(), stat, ..Default::default() };
                 reply.send(unique, &out)
             }
             Operation::Readlink => reply.bytes(unique, &fs.readlink(node)?),
@@ -185,13 +184,10 @@ impl Server {
             }
             Operation::Readdir { cookie, size, plus } => {
                 let payload = reply.payload(usize::try_from(size).unwrap_or(usize::MAX));
-                let mut out = DirWriter { payload, place, plus, started: false, full: false };
-                fs.readdir(node, cookie, &mut out)?;
-                if out.full && !out.started {
-                    // An empty answer would be the end of the directory.
-                    return Err(FsError::InvalidArgument);
-                }
-                reply.finish(unique, &out.payload)
+                let mut listing = Listing::new(payload, place, plus);
+                fs.readdir(node, cookie, &mut listing)?;
+                let payload = listing.into_payload().ok_or(FsError::InvalidArgument)?;
+                reply.finish(unique, &payload)
             }
             Operation::Statfs => {
                 let out = fs.statfs();
@@ -210,7 +206,12 @@ impl Server {
             }
             Operation::Getxattr { name, size } => {
                 let value = fs.getxattr(node, name)?;
-                xattr_reply(unique, size, value.len(), reply, |payload| payload.put(&value))?
+                let len = u32::try_from(value.len()).map_err(|_| FsError::SmallBuffer)?;
+                match size {
+                    0 => reply.send(unique, &abi::GetxattrOut { size: len, padding: 0 }),
+                    _ if size < len => return Err(FsError::SmallBuffer),
+                    _ => reply.bytes(unique, &value),
+                }
             }
             Operation::Listxattr { size } => {
                 let mut payload = reply.payload(usize::try_from(size).unwrap_or(usize::MAX));
@@ -246,5 +247,44 @@ impl Server {
             | Operation::Forget(_)
             | Operation::NotifyReply => return Err(FsError::InvalidArgument),
         })
+    }
+}
+
+/// What a guest is told about a name in the file system of `place`; without an entry, that there
+/// is none.
+pub(super) fn entry_out(place: &Place<'_>, entry: Option<&Entry>) -> EntryOut {
+    let valid = place.fs.valid_secs();
+    EntryOut {
+        nodeid: entry.map_or(0, |entry| place.nodeid(entry.node)),
+        entry_valid: valid,
+        attr_valid: valid,
+        attr: entry.map(|entry| entry.attr).unwrap_or_default(),
+        ..EntryOut::default()
+    }
+}
+
+/// `attr` in the form of `statx(2)`: basic attributes, no time of birth.
+fn statx(attr: &Attr) -> abi::Statx {
+    let time = |secs: u64, tv_nsec| abi::StatxTime {
+        tv_sec: secs.cast_signed(),
+        tv_nsec,
+        ..Default::default()
+    };
+    abi::Statx {
+        mask: libc::STATX_BASIC_STATS,
+        blksize: attr.blksize,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        mode: u16::try_from(attr.mode & 0xFFFF).expect("masked to 16 bits"),
+        ino: attr.ino,
+        size: attr.size,
+        blocks: attr.blocks,
+        atime: time(attr.atime, attr.atimensec),
+        ctime: time(attr.ctime, attr.ctimensec),
+        mtime: time(attr.mtime, attr.mtimensec),
+        rdev_major: (attr.rdev >> 8) & 0xFFF,
+        rdev_minor: (attr.rdev & 0xFF) | ((attr.rdev >> 12) & 0xF_FF00),
+        ..Default::default()
     }
 }

@@ -175,11 +175,18 @@ mod tests {
 
     #[test]
     fn the_answer_has_the_length_of_the_guests_version() {
-        for (minor, want, len) in
-            [(4, 4, 8), (5, 5, 24), (12, 12, 24), (22, 22, 24), (23, 23, 64), (45, 45, 64), (99, 45, 64)]
-        {
-            let (out, got) =
-                Session::default().start(&init(minor), &ServerOptions::default(), true, true).unwrap();
+        for (minor, want, len) in [
+            (4, 4, 8),
+            (5, 5, 24),
+            (12, 12, 24),
+            (22, 22, 24),
+            (23, 23, 64),
+            (45, 45, 64),
+            (99, 45, 64),
+        ] {
+            let (out, got) = Session::default()
+                .start(&init(minor), &ServerOptions::default(), true, true)
+                .unwrap();
             assert_eq!((out.minor, got), (want, len), "minor {minor}");
         }
     }
