@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rafsd::rafs::id::{BlobId, BlobIndex, ChunkIndex, Nid};
+use rafsd::rafs::toc::PackedBlob;
 use rafsd::rafs::{Bootstrap, FileKind, FormatError, WalkItem};
 use serde_json::{Value, json};
 
@@ -216,4 +217,35 @@ fn an_unmerged_layer_gets_its_id_from_outside() {
     assert_eq!(image.with_blob_id(id).unwrap().blobs()[0].id, id);
     let named = open("v6-none", "bootstrap");
     assert_eq!(named.with_blob_id(id).unwrap().blobs()[0].id, named.blobs()[0].id);
+}
+
+#[test]
+fn a_packed_blob_holds_the_bootstrap() {
+    // (case, blob, its bootstrap, sections)
+    let all = ["image.blob", "blob.meta", "blob.meta.header", "blob.digest", "image.boot"];
+    let cases = [("v6-oci-packed", "bootstrap", &all[..]), ("v6-empty", "bootstrap", &all[4..])];
+    for (case, bootstrap, sections) in cases {
+        let blob = std::fs::read_dir(golden(case).join("blobs")).unwrap().next().unwrap().unwrap();
+        let file = std::fs::File::open(blob.path()).unwrap();
+        let packed = PackedBlob::read(&file).unwrap();
+        let found: Vec<_> = packed.sections().iter().map(|s| s.kind.name()).collect();
+        assert_eq!(found, sections, "{case}");
+        let bytes = packed.bootstrap(&file).unwrap();
+        assert_eq!(bytes, std::fs::read(golden(case).join(bootstrap)).unwrap(), "{case}");
+        Bootstrap::from_bytes(bytes).unwrap();
+    }
+}
+
+#[test]
+fn layers_of_a_merged_image_are_in_its_blobs() {
+    let layers = golden("v6-merged").join("layer-bootstraps");
+    for layer in std::fs::read_dir(layers).unwrap() {
+        let layer = layer.unwrap();
+        let blob = golden("v6-merged").join("blobs").join(layer.file_name());
+        let file = std::fs::File::open(blob).unwrap();
+        let bytes = PackedBlob::read(&file).unwrap().bootstrap(&file).unwrap();
+        assert_eq!(bytes, std::fs::read(layer.path()).unwrap());
+        let image = Bootstrap::from_bytes(bytes).unwrap();
+        assert!(image.walk().all(|item| item.is_ok()));
+    }
 }

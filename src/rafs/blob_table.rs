@@ -7,13 +7,10 @@ use super::error::{FormatError, Result};
 use super::id::{BlobId, BlobIndex};
 use super::layout::{
     BLOCK_SIZE, BatchContext, BlobEntry, BlobFeatures, CI_HEADER_SIZE, CiV1, CiV2, DeviceSlot,
-    MAX_CHUNKS, MAX_COMPRESSED_SIZE, MAX_UNCOMPRESSED_SIZE,
+    MAX_CHUNKS, MAX_COMPRESSED_SIZE, MAX_UNCOMPRESSED_SIZE, TarHeader,
 };
+use super::toc::MAX_TOC_SIZE;
 
-/// Size in bytes of the tar header behind each section of a packed blob.
-const TAR_HEADER_SIZE: u64 = 512;
-/// Largest table of contents in bytes.
-const MAX_TOC_SIZE: u32 = 0x1_0000;
 /// Feature bits that no reader knows but must know, and one that is never stored.
 const REFUSED_FEATURES: u32 = 0x8000_F000;
 
@@ -29,9 +26,6 @@ pub struct BlobInfo {
     pub compressor: Compressor,
     pub digester: Digester,
     pub features: BlobFeatures,
-    /// Bytes as stored in the table. The length of a native blob's file; of a packed one the place
-    /// of its bootstrap, so not a length to insist on.
-    pub compressed_size: u64,
     /// First byte of the blob file that is not chunk data: bounds every chunk.
     pub data_end: u64,
     /// Bytes of the uncompressed blob, a multiple of 4096: the size of its cache file.
@@ -163,7 +157,7 @@ fn check_entry(
         ensure(ci_end <= compressed_size, "chunk-info array is not inside the blob")?;
         let header = features.contains(BlobFeatures::HAS_TAR_HEADER);
         ci_offset
-            .checked_sub(if header { TAR_HEADER_SIZE } else { 0 })
+            .checked_sub(if header { size_of::<TarHeader>() as u64 } else { 0 })
             .ok_or("chunk-info array starts inside the tar header before it")?
     };
     Ok(BlobInfo {
@@ -174,7 +168,6 @@ fn check_entry(
         compressor: compressor(entry.compressor.get())?,
         digester,
         features,
-        compressed_size,
         data_end,
         uncompressed_size,
         ci_compressor: compressor(entry.ci_compressor.get())?,

@@ -165,6 +165,15 @@ impl Bootstrap {
         superblock::raw(self.image.bytes())
     }
 
+    /// The blob table as stored, one entry for each of [`Bootstrap::blobs`].
+    ///
+    /// # Errors
+    ///
+    /// None after a successful open.
+    pub fn blob_entries(&self) -> Result<&[BlobEntry]> {
+        self.image.slice_of("blob table", &self.image.sb.blob_table)
+    }
+
     /// The device slots, one for each blob.
     ///
     /// # Errors

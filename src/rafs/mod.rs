@@ -5,6 +5,7 @@
 pub mod blob_table;
 pub mod bootstrap;
 pub mod chunk_table;
+pub mod ci;
 pub mod codec;
 pub mod dir;
 pub mod error;
@@ -15,6 +16,9 @@ mod superblock;
 pub mod toc;
 pub mod walk;
 pub mod xattr;
+
+#[cfg(test)]
+mod tests;
 
 pub use blob_table::BlobInfo;
 pub use bootstrap::Bootstrap;
