@@ -23,6 +23,9 @@ pub(super) struct Entry {
 
 /// Operations of one mounted file system. None of them blocks.
 pub(super) trait FileSystem: Send + Sync {
+    /// What logs call it.
+    fn name(&self) -> &str;
+
     /// Its root directory.
     fn root(&self) -> u64;
 
@@ -112,10 +115,10 @@ pub(super) enum FsError {
     NoSession,
     #[error("inode {node} is damaged")]
     Damaged { node: u64, source: FormatError },
-    #[error("chunk {chunk} of inode {node} cannot be read")]
+    #[error("inode {node}: its chunk {chunk} cannot be read")]
     Unreadable { node: u64, chunk: u32, source: Arc<dyn Error + Send + Sync> },
     #[error("inode {node}: {reason}")]
-    Gone { node: u64, reason: &'static str },
+    Broken { node: u64, reason: &'static str },
 }
 
 impl FsError {
@@ -136,13 +139,16 @@ impl FsError {
             | FsError::NoSession
             | FsError::Damaged { .. }
             | FsError::Unreadable { .. }
-            | FsError::Gone { .. } => libc::EIO,
+            | FsError::Broken { .. } => libc::EIO,
         }
     }
 
     /// Whether an operator should hear of it: something here is broken, not the request.
     pub(super) fn is_fault(&self) -> bool {
-        matches!(self, FsError::Damaged { .. } | FsError::Unreadable { .. } | FsError::Gone { .. })
+        matches!(
+            self,
+            FsError::Damaged { .. } | FsError::Unreadable { .. } | FsError::Broken { .. }
+        )
     }
 }
 

@@ -41,6 +41,11 @@ impl<'a> Listing<'a> {
         self.plus
     }
 
+    /// Whether nothing has been written.
+    pub(super) fn is_empty(&self) -> bool {
+        self.empty
+    }
+
     /// Writes one entry, or returns false: it does not fit, and belongs into the next listing.
     ///
     /// A listing with attributes remembers `entry` in the guest as if it had been looked up. `.`,

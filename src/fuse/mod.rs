@@ -9,15 +9,20 @@
 
 pub mod abi;
 mod file_system;
+mod known;
 mod listing;
 mod mounts;
+mod rafs_fs;
+mod rafs_read;
 mod reply;
 mod request;
 mod server;
 mod session;
 mod wait;
+mod zeros;
 
 pub use mounts::Mounts;
+pub use rafs_fs::{RafsFs, RafsOptions};
 pub use reply::Reply;
 pub use request::{Request, RequestError};
 pub use server::{Outcome, Server};

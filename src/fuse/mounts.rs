@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::abi;
 use super::file_system::FileSystem;
+use super::rafs_fs::RafsFs;
 
 /// Bits of a node id that are the file system's own.
 const NODE_BITS: u32 = 48;
@@ -31,9 +32,9 @@ pub(super) struct Place<'a> {
 }
 
 impl Mounts {
-    /// One file system, and nothing above or beside it.
-    pub(super) fn root(fs: Arc<dyn FileSystem>) -> Arc<Mounts> {
-        Arc::new(Mounts { slots: vec![fs], root_slot: 1 })
+    /// One image, and nothing above or beside it.
+    pub fn single(image: RafsFs) -> Arc<Mounts> {
+        Arc::new(Mounts { slots: vec![Arc::new(image)], root_slot: 1 })
     }
 
     /// The node that a guest means by `nodeid`, if its file system is mounted.

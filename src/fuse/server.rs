@@ -82,7 +82,9 @@ impl Server {
             Err(FsError::Wait(wait)) => Outcome::Wait(wait),
             Err(error) => {
                 if error.is_fault() {
-                    log::error!("request {:#x}: {}", header.unique, chain(&error));
+                    let place = self.mounts.resolve(header.nodeid);
+                    let name = place.as_ref().map_or("?", |place| place.fs.name());
+                    log::error!("{name}: {}", chain(&error));
                 }
                 Outcome::Reply(reply.error(header.unique, error.errno()))
             }
