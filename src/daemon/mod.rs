@@ -1,0 +1,4 @@
+//! The household: arguments, config, logs, signals, the HTTP API, and every thread.
+
+pub mod cli;
+pub mod version;
