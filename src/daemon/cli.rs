@@ -36,8 +36,8 @@ pub struct Options {
     pub sock: PathBuf,
     /// Socket for the HTTP API; none: no API.
     pub apisock: Option<PathBuf>,
-    /// The image to serve; none: an empty tree.
-    pub bootstrap: Option<PathBuf>,
+    /// The image to serve.
+    pub bootstrap: PathBuf,
     /// Config file; none: blobs beside the bootstrap or in `localfs_dir`, private cache.
     pub config: Option<PathBuf>,
     pub localfs_dir: Option<PathBuf>,
@@ -114,7 +114,7 @@ struct Cli {
 
     /// Image to serve: the bootstrap (metadata) of a RAFS v6 image
     ///
-    /// Default: none, the guest sees an empty directory.
+    /// Required: mounting by the API is not in this version.
     #[arg(short = 'B', long, global = true, value_name = "FILE", help_heading = "Image")]
     bootstrap: Option<PathBuf>,
 
@@ -265,10 +265,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
     refuse_missing_features(&cli)?;
     let ignored = ignored(&cli)?;
-    let Some(sock) = cli.sock else {
-        let usage = Cli::command().render_usage();
-        return Err(usage_error(format!("`--sock PATH` is required\n\n{usage}")));
-    };
+    let required = |what: &str| usage_error(format!("{what}\n\n{}", Cli::command().render_usage()));
+    let sock = cli.sock.ok_or_else(|| required("`--sock PATH` is required"))?;
+    let bootstrap = cli.bootstrap.ok_or_else(|| {
+        required("`--bootstrap FILE` is required: mounting by the API is not in this build")
+    })?;
     let tag = cli.tag.unwrap_or_else(|| "kataShared".into());
     if !(1..=36).contains(&tag.len()) {
         return Err(usage_error(format!("--tag: 1 to 36 bytes, not {}", tag.len())));
@@ -276,7 +277,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     Ok(Invocation::Serve(Box::new(Options {
         sock,
         apisock: cli.apisock,
-        bootstrap: cli.bootstrap,
+        bootstrap,
         config: cli.config,
         localfs_dir: cli.localfs_dir,
         log_level: cli.log_level.unwrap_or(LevelFilter::Info),
@@ -342,15 +343,6 @@ fn ignored(cli: &Cli) -> Result<Vec<(String, &'static str)>, UsageError> {
             ignored.push((flag.to_owned(), reason));
         }
     }
-    if cli.bootstrap.is_none() {
-        for (flag, given) in
-            [("--config", cli.config.is_some()), ("--localfs-dir", cli.localfs_dir.is_some())]
-        {
-            if given {
-                ignored.push((flag.to_owned(), "it belongs to an image: there is no --bootstrap"));
-            }
-        }
-    }
     if cli.log_file.is_none() && cli.log_rotation_size.is_some_and(|n| n > 0) {
         ignored.push(("--log-rotation-size".into(), "there is no --log-file"));
     }
@@ -397,7 +389,7 @@ mod tests {
     }
 
     fn options(line: &str) -> Options {
-        match parse_line(line) {
+        match parse_line(&format!("{line} --bootstrap boot")) {
             Ok(Invocation::Serve(options)) => *options,
             other => panic!("{line}: {other:?}"),
         }
@@ -443,12 +435,12 @@ mod tests {
 
     #[test]
     fn short_forms() {
-        let o = options("virtiofs --sock S -B boot -C conf -L log/x -l trace -A api -m /");
-        assert_eq!(o.bootstrap, Some("boot".into()));
+        let o = options("virtiofs --sock S -B first -C conf -L log/x -l trace -A api -m /");
+        assert_eq!(o.bootstrap, PathBuf::from("boot"), "the last one wins");
         assert_eq!(o.config, Some("conf".into()));
         assert_eq!(o.log_file, Some("log/x.log".into()));
         assert_eq!(o.log_level, LevelFilter::Trace);
-        assert_eq!(options("--sock S -B b -D dir").localfs_dir, Some("dir".into()));
+        assert_eq!(options("--sock S -D dir").localfs_dir, Some("dir".into()));
     }
 
     #[test]
@@ -483,6 +475,7 @@ mod tests {
             ("--sock S -m /rafs", "only `/`"),
             ("--sock S --upgrade", "--upgrade"),
             ("virtiofs --apisock A", "`--sock PATH` is required"),
+            ("virtiofs --apisock A --sock S", "`--bootstrap FILE` is required"),
             ("virtiofs --sock S --frobnicate", "--frobnicate"),
             ("virtiofs --sock S -C c -D d", "cannot be used with"),
         ];
@@ -494,12 +487,11 @@ mod tests {
 
     #[test]
     fn ignored_flags_say_why() {
-        let o =
-            options("--sock S --xattr -o announce_submounts,cache=auto -C conf --prefetch-files p");
+        let o = options("--sock S --xattr -o announce_submounts,cache=auto --prefetch-files p");
         let flags: Vec<&str> = o.ignored.iter().map(|(flag, _)| flag.as_str()).collect();
         assert_eq!(
             flags,
-            ["--xattr", "--prefetch-files", "--config", "-o announce_submounts", "-o cache=auto"]
+            ["--xattr", "--prefetch-files", "-o announce_submounts", "-o cache=auto"]
         );
     }
 

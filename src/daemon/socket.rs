@@ -15,13 +15,22 @@ pub enum SocketError {
     InUse { path: PathBuf },
     #[error("socket {}: there is a file that is not a socket", path.display())]
     NotASocket { path: PathBuf },
+    #[error("socket {}: the daemon is ending", path.display())]
+    Ending { path: PathBuf },
     #[error("socket {}", path.display())]
     Io { path: PathBuf, source: io::Error },
 }
 
 /// The sockets of this process, so that any phase of its life can remove them.
 #[derive(Debug, Default)]
-pub struct Sockets(Mutex<Vec<Bound>>);
+pub struct Sockets(Mutex<Files>);
+
+#[derive(Debug, Default)]
+struct Files {
+    bound: Vec<Bound>,
+    /// No more sockets: they have been removed.
+    ending: bool,
+}
 
 /// A socket file as we made it: device and inode tell it from one that replaced it.
 #[derive(Debug)]
@@ -56,24 +65,37 @@ impl Sockets {
         }
         let listener = UnixListener::bind(&path).map_err(fail)?;
         let meta = fs::symlink_metadata(&path).map_err(fail)?;
-        let mut bound = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        bound.push(Bound { path, dev: meta.dev(), ino: meta.ino() });
+        let bound = Bound { path, dev: meta.dev(), ino: meta.ino() };
+        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if files.ending {
+            drop(files);
+            bound.remove();
+            return Err(SocketError::Ending { path: bound.path });
+        }
+        files.bound.push(bound);
         Ok(listener)
     }
 
-    /// Removes the sockets that are still ours. A missing one is fine.
+    /// Removes the sockets that are still ours, and lets no new one be made. A missing one is fine.
     pub fn remove_all(&self) {
-        for Bound { path, dev, ino } in
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).drain(..)
-        {
-            match fs::symlink_metadata(&path) {
-                Ok(meta) if (meta.dev(), meta.ino()) == (dev, ino) => {
-                    if let Err(e) = fs::remove_file(&path) {
-                        log::warn!("socket {}: not removed: {e}", path.display());
-                    }
+        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        files.ending = true;
+        let bound = std::mem::take(&mut files.bound);
+        drop(files);
+        bound.iter().for_each(Bound::remove);
+    }
+}
+
+impl Bound {
+    fn remove(&self) {
+        let Bound { path, dev, ino } = self;
+        match fs::symlink_metadata(path) {
+            Ok(meta) if (meta.dev(), meta.ino()) == (*dev, *ino) => {
+                if let Err(e) = fs::remove_file(path) {
+                    log::warn!("socket {}: not removed: {e}", path.display());
                 }
-                _ => log::debug!("socket {}: is gone or no longer ours", path.display()),
             }
+            _ => log::debug!("socket {}: is gone or no longer ours", path.display()),
         }
     }
 }
@@ -101,9 +123,12 @@ mod tests {
         drop(listener);
         sockets.remove_all();
         assert!(!path.exists());
+        let late = sockets.listen(&path);
+        assert!(matches!(late, Err(SocketError::Ending { .. })), "{late:?}");
+        assert!(!path.exists());
 
         fs::write(&path, "precious").unwrap();
-        let file = sockets.listen(&path);
+        let file = Sockets::default().listen(&path);
         assert!(matches!(file, Err(SocketError::NotASocket { .. })), "{file:?}");
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }

@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::backend::LocalFsConfig;
+
 /// Largest config file, in bytes.
 pub const MAX_CONFIG_LEN: u64 = 1 << 20;
 
@@ -86,15 +88,6 @@ pub enum BackendConfig {
     LocalFs(LocalFsConfig),
 }
 
-/// Blobs in files of this host.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct LocalFsConfig {
-    /// Holds every blob of the image, whatever its id.
-    pub blob_file: Option<PathBuf>,
-    /// Directories that hold blobs under their ids, in the order of search.
-    pub dirs: Vec<PathBuf>,
-}
-
 impl Config {
     /// Reads the file at `path`, at most [`MAX_CONFIG_LEN`] bytes, and checks it.
     ///
@@ -159,12 +152,15 @@ impl Config {
             Some(parent) if parent != Path::new("") => parent,
             _ => Path::new("."),
         };
-        let mut dirs: Vec<PathBuf> = localfs_dir.map(Path::to_owned).into_iter().collect();
-        dirs.extend([parent.to_owned(), parent.join("blobs")]);
+        let localfs = LocalFsConfig {
+            blob_file: None,
+            dir: localfs_dir.map(Path::to_owned),
+            alt_dirs: vec![parent.to_owned(), parent.join("blobs")],
+        };
         Ok(Config {
             form: Form::Defaults,
             id: String::new(),
-            backend: BackendConfig::LocalFs(LocalFsConfig { blob_file: None, dirs }),
+            backend: BackendConfig::LocalFs(localfs),
             work_dir: private_cache_dir(|name| std::env::var_os(name))?,
             enable_xattr: true,
             notes: Vec::new(),
@@ -188,7 +184,7 @@ impl Config {
             return Err(missing("blob_file", file, "a file"));
         }
         // `alt_dirs` may be absent: they are alternatives.
-        match localfs.dirs.first() {
+        match &localfs.dir {
             Some(dir) if !dir.is_dir() => Err(missing("dir", dir, "a directory")),
             _ => Ok(()),
         }
@@ -204,8 +200,8 @@ impl Config {
             "id": self.id,
             "backend": {"type": "localfs", "localfs": {
                 "blob_file": localfs.blob_file.clone().unwrap_or_default(),
-                "dir": localfs.dirs.first().cloned().unwrap_or_default(),
-                "alt_dirs": localfs.dirs.get(1..).unwrap_or_default(),
+                "dir": localfs.dir.clone().unwrap_or_default(),
+                "alt_dirs": localfs.alt_dirs,
             }},
             "external_backends": [],
             "cache": {"type": "blobcache", "compressed": false, "validate": true,
@@ -293,7 +289,8 @@ mod tests {
             assert_eq!(config.form, form);
             assert_eq!(config.id, "/3", "{form}");
             let BackendConfig::LocalFs(localfs) = &config.backend;
-            assert_eq!(localfs.dirs, [PathBuf::from("/b"), PathBuf::from("/c")], "{form}");
+            assert_eq!(localfs.dir, Some("/b".into()), "{form}");
+            assert_eq!(localfs.alt_dirs, [PathBuf::from("/c")], "{form}");
             assert_eq!(config.work_dir, PathBuf::from("/cache"), "{form}");
             assert!(config.enable_xattr, "{form}");
             assert!(config.notes.is_empty(), "{form}: {:?}", config.notes);

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use super::table::{Notes, Table};
-use super::{BackendConfig, Config, ConfigError, Form, LocalFsConfig};
+use super::{BackendConfig, Config, ConfigError, Form};
+use crate::backend::LocalFsConfig;
 
 const NO_PREFETCH: &str = "prefetch is not in this build";
 const NO_FILE_STATS: &str = "statistics per file are not in this build";
@@ -142,8 +143,8 @@ fn local_fs(
     if blob_file.is_none() && dir.is_none() {
         return Err(backend.error(key, "needs `dir` or `blob_file`"));
     }
-    let dirs = dir.into_iter().chain(alt_dirs.into_iter().map(PathBuf::from)).collect();
-    Ok(BackendConfig::LocalFs(LocalFsConfig { blob_file, dirs }))
+    let alt_dirs = alt_dirs.into_iter().map(PathBuf::from).collect();
+    Ok(BackendConfig::LocalFs(LocalFsConfig { blob_file, dir, alt_dirs }))
 }
 
 fn no_external_backends(parent: &mut Table) -> Result<(), ConfigError> {
