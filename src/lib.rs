@@ -5,6 +5,7 @@
 //! `backend` (the bytes). `build` is the image tool, `daemon` wires the rest together.
 
 pub mod daemon;
+pub mod device;
 pub mod rafs;
 
 #[cfg(test)]
