@@ -12,7 +12,7 @@ use super::config::{BackendConfig, Config};
 use super::state::MountInfo;
 use crate::backend::{Backend, LocalFs};
 use crate::blob::{Store, StoreConfig};
-use crate::fuse::{Mounts, RafsFs};
+use crate::fuse::{Mounts, RafsFs, RafsOptions};
 use crate::rafs::Bootstrap;
 
 /// An image that is ready to be served at `/`.
@@ -41,7 +41,7 @@ pub fn open(options: &Options, runtime: &Handle) -> Result<Image, DaemonError> {
     }
     let path = &options.bootstrap;
     let bad = |source| DaemonError::Bootstrap { path: path.clone(), source };
-    let bootstrap = Arc::new(Bootstrap::open(path).map_err(bad)?);
+    let bootstrap = Bootstrap::open(path).map_err(bad)?;
 
     let mut store_config = StoreConfig::new(config.work_dir.clone());
     store_config.read_timeout = options.read_timeout;
@@ -57,7 +57,12 @@ pub fn open(options: &Options, runtime: &Handle) -> Result<Image, DaemonError> {
         .collect::<Result<Vec<_>, _>>()?;
     describe(path, &bootstrap, backend.name(), &config, begin);
 
-    let fs = RafsFs::new(bootstrap, blobs, config.enable_xattr);
+    let fs_options = RafsOptions {
+        xattrs: config.enable_xattr,
+        read_timeout: options.read_timeout,
+        ..RafsOptions::default()
+    };
+    let fs = RafsFs::new(bootstrap, blobs, fs_options);
     Ok(Image {
         mounts: Mounts::single(fs),
         store,
