@@ -6,6 +6,7 @@
 
 pub mod daemon;
 pub mod device;
+pub mod fuse;
 pub mod rafs;
 
 #[cfg(test)]
