@@ -26,7 +26,7 @@ fn daemon_info_has_what_strict_clients_want() {
     let mount = &info["backend_collection"]["/"];
     assert_eq!((&mount["backend_type"], &mount["mountpoint"]), (&"Rafs".into(), &"/".into()));
     let time = mount["mounted_time"].as_str().unwrap();
-    assert_eq!((time.len(), &time[10..11], &time[29..]), (36, " ", " +00:00:00"), "{time}");
+    assert_eq!((time.len(), &time[10..11], &time[29..]), (39, " ", " +00:00:00"), "{time}");
     // nydusctl reads these without asking whether they are there.
     let config = &mount["config"];
     assert!(config["rafs"]["mode"].is_string(), "{config}");

@@ -6,7 +6,7 @@
 //! it does not end in time; nothing on disk needs an orderly end.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -62,13 +62,16 @@ struct Context {
 ///
 /// # Errors
 ///
-/// Why the start failed, or what broke later. It has been logged.
+/// Why the start failed, or what broke later. The operator has been told.
 pub fn run(options: Options) -> Result<(), DaemonError> {
     let target = match &options.log_file {
         None => Target::Stderr,
         Some(path) => Target::File { path: path.clone(), rotate_at: options.log_rotation_bytes },
     };
-    let log = super::log::init(options.log_level, target).map_err(DaemonError::Log)?;
+    let log = super::log::init(options.log_level, target).map_err(|e| {
+        let _ = writeln!(io::stderr(), "error: log: {e}");
+        DaemonError::Log(e)
+    })?;
     log_panics();
     let result = serve(options, &log);
     if let Err(e) = &result {
