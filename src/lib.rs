@@ -4,4 +4,5 @@
 //! `device` (virtqueues), `fuse` (operations), `rafs` (the format), `blob` (the chunks),
 //! `backend` (the bytes). `build` is the image tool, `daemon` wires the rest together.
 
+pub mod build;
 pub mod rafs;
