@@ -4,15 +4,13 @@ mod support;
 
 use support::daemon::Launch;
 use support::frontend::VmConfig;
-use support::fuse_client::Fuse;
 use support::golden::{self, How, SERVED};
 
 /// Serves one image and reads it in every way, cold and then warm.
 fn reads_as_written(launch: &Launch, tree: &golden::Tree, name: &str) {
     let daemon = launch.spawn().expect(name);
     let mut vm = daemon.boot(VmConfig::default()).expect(name);
-    let queue = vm.take_queue(1);
-    let mut fuse = Fuse::new(&vm.memory, queue);
+    let mut fuse = vm.fuse(1);
     fuse.init().expect(name);
     let ways = [
         (How::Lookup, 128 << 10, "cold, by LOOKUP"),

@@ -40,8 +40,8 @@ impl Stage {
             .expect("a daemon");
         let config = VmConfig { request_queues: 2, ..VmConfig::default() };
         let mut vm = daemon.boot(config).expect("a guest");
-        let hiprio = Fuse::new(&vm.memory, vm.take_queue(0));
-        let mut fuse = Fuse::new(&vm.memory, vm.take_queue(1));
+        let hiprio = vm.fuse(0);
+        let mut fuse = vm.fuse(1);
         fuse.init().expect("INIT");
         let nodes = image.nodes(&mut fuse).expect("lookups");
         image.check_file(&mut fuse, 0, nodes[0]).expect("the first file, warm from here on");
@@ -120,8 +120,7 @@ fn warm_requests_pass_256_parked_reads() {
     let node = stage.nodes[3];
     stage.hiprio.forget(node, 1).expect("FORGET on hiprio");
     assert!(start.elapsed() < Duration::from_secs(1), "FORGET took {:?}", start.elapsed());
-    let queue = stage.vm.take_queue(2);
-    let mut other = Fuse::new(&stage.vm.memory, queue);
+    let mut other = stage.vm.fuse(2);
     assert_eq!(other.getattr(stage.nodes[0]).expect("another queue").size, stage.image.file_size);
     assert_eq!(stage.fuse.in_flight(), COLD_READS);
 

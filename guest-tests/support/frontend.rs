@@ -23,6 +23,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::fuse_client::Fuse;
 use super::memory::{GuestMemory, Layout, MIB, Region};
 use super::virtqueue::{Rings, Virtqueue};
 use super::{to_u32, to_usize};
@@ -444,6 +445,12 @@ impl Vm {
     /// The driver side of queue `index`; 0 is hiprio. Once per queue.
     pub fn take_queue(&mut self, index: usize) -> Virtqueue {
         self.queues[index].take().expect("SET_FEATURES was sent and the queue is still here")
+    }
+
+    /// A FUSE client on queue `index`. Once per queue.
+    pub fn fuse(&mut self, index: usize) -> Fuse {
+        let queue = self.take_queue(index);
+        Fuse::new(&self.memory, queue)
     }
 
     /// Makes SET_MEM_TABLE of what `memory` holds now.
