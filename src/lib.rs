@@ -4,6 +4,7 @@
 //! `device` (virtqueues), `fuse` (operations), `rafs` (the format), `blob` (the chunks),
 //! `backend` (the bytes). `build` is the image tool, `daemon` wires the rest together.
 
+pub mod build;
 pub mod daemon;
 pub mod device;
 pub mod fuse;
