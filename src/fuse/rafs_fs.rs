@@ -24,14 +24,11 @@ use crate::rafs::{Bootstrap, Dir, FileKind, FormatError, Inode};
 /// into a time without overflow, 136 years.
 const VALID_SECS: u64 = u32::MAX as u64;
 
-/// How an image is shown.
+/// How an image is shown. Extended attributes are, if the image's flags say that it has some.
 #[derive(Clone, Debug)]
 pub struct RafsOptions {
     /// What logs call the image, such as its mountpoint.
     pub name: String,
-    /// Show extended attributes. Those of an image whose flags say that it has none are never
-    /// looked for.
-    pub xattrs: bool,
     /// Owner (uid, gid) of everything in an image that stores no owners.
     pub owner: (u32, u32),
     /// How long one read may wait for its chunks.
@@ -40,12 +37,7 @@ pub struct RafsOptions {
 
 impl Default for RafsOptions {
     fn default() -> Self {
-        RafsOptions {
-            name: "/".to_owned(),
-            xattrs: true,
-            owner: (0, 0),
-            read_timeout: Duration::from_secs(30),
-        }
+        RafsOptions { name: "/".to_owned(), owner: (0, 0), read_timeout: Duration::from_secs(30) }
     }
 }
 
@@ -192,7 +184,7 @@ impl FileSystem for RafsFs {
     }
 
     fn has_xattrs(&self) -> bool {
-        self.options.xattrs && self.image.flags().contains(ImageFlags::HAS_XATTR)
+        self.image.flags().contains(ImageFlags::HAS_XATTR)
     }
 
     fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<Entry>, FsError> {
