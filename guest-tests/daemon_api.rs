@@ -32,7 +32,6 @@ fn daemon_info_has_what_strict_clients_want() {
     assert!(config["rafs"]["mode"].is_string(), "{config}");
     assert!(config["cache"]["prefetch"]["enable"].is_boolean(), "{config}");
     assert!(config["cache"]["prefetch"]["batch_size"].is_number(), "{config}");
-    // Without a config the guest sees extended attributes.
     assert_eq!(config["rafs"]["enable_xattr"], true);
 
     let (status, body) = daemon.call("GET", "/api/v2/daemon", "");

@@ -3,6 +3,7 @@
 mod daemon;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use daemon::{Daemon, golden, output, rafsd, scratch};
 
@@ -97,11 +98,12 @@ fn a_config_that_cannot_be_used_fails_the_start_with_its_reason() {
 fn without_a_config_the_cache_is_in_the_user_s_cache_directory() {
     let dir = scratch();
     let daemon = Daemon::small(dir.path());
-    assert!(dir.path().join("xdg/rafsd").is_dir());
+    let mode = fs::metadata(dir.path().join("xdg/rafsd")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
     drop(daemon);
     let mut command = rafsd(dir.path(), &format!("--sock S {}", daemon::small_image()));
     command.env_remove("XDG_CACHE_HOME").env_remove("HOME");
     let (code, _, stderr) = output(command);
     assert_eq!(code, Some(1));
-    assert!(stderr.contains("neither XDG_CACHE_HOME nor HOME"), "{stderr}");
+    assert!(stderr.contains("XDG_CACHE_HOME or HOME; neither"), "{stderr}");
 }

@@ -122,7 +122,7 @@ struct Cli {
     ///
     /// JSON (version 1 or 2) or TOML (version 2), at most 1 MiB. Default: blobs are looked for in the
     /// directory of the bootstrap and in `blobs` beside it, the cache is `rafsd` under
-    /// $XDG_CACHE_HOME or ~/.cache, extended attributes are shown.
+    /// $XDG_CACHE_HOME or ~/.cache.
     #[arg(
         short = 'C',
         long,
@@ -150,7 +150,7 @@ struct Cli {
 
     /// Threads that decompress and verify chunks
     ///
-    /// Default: 0, twice the number of processors. Range: 0 to 1024. A limit, not a reservation:
+    /// Default: 0, twice the number of processors but at least 4. Range: 0 to 1024. A limit, not a reservation:
     /// threads start when there is work. Lower it to leave processors to the guest.
     #[arg(long, global = true, value_name = "N", help_heading = "Process",
           aliases = ["threads", "thread-pool-size", "fuse-threads"],
@@ -330,7 +330,7 @@ fn refuse_missing_features(cli: &Cli) -> Result<(), UsageError> {
 /// Flags that were given and change nothing, with the reason; refuses unknown `-o` options.
 fn ignored(cli: &Cli) -> Result<Vec<(String, &'static str)>, UsageError> {
     const SUBMOUNTS: &str = "an image has no submounts";
-    const XATTR: &str = "set `enable_xattr` in the config; without a config they are on";
+    const XATTR: &str = "attributes of an image are always shown";
     let mut ignored = Vec::new();
     let flags = [
         ("--announce-submounts", cli.announce_submounts > 0, SUBMOUNTS),

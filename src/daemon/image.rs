@@ -57,11 +57,8 @@ pub fn open(options: &Options, runtime: &Handle) -> Result<Image, DaemonError> {
         .collect::<Result<Vec<_>, _>>()?;
     describe(path, &bootstrap, backend.name(), &config, begin);
 
-    let fs_options = RafsOptions {
-        xattrs: config.enable_xattr,
-        read_timeout: options.read_timeout,
-        ..RafsOptions::default()
-    };
+    let fs_options =
+        RafsOptions { read_timeout: options.read_timeout, ..RafsOptions::default() };
     let fs = RafsFs::new(bootstrap, blobs, fs_options);
     Ok(Image {
         mounts: Mounts::single(fs),

@@ -39,8 +39,10 @@ pub enum ConfigError {
     Document { form: Form, source: Box<ConfigError> },
     #[error("{path}: {reason}")]
     Key { path: String, reason: String },
-    #[error("without --config the cache goes below the user's directory, but {0}")]
-    NoCacheHome(String),
+    #[error(
+        "without --config the cache goes to XDG_CACHE_HOME or HOME; neither is an absolute path"
+    )]
+    NoCacheHome,
 }
 
 /// How a document was written.
@@ -76,8 +78,6 @@ pub struct Config {
     pub backend: BackendConfig,
     /// Directory below which the cache lives.
     pub work_dir: PathBuf,
-    /// Whether the guest sees extended attributes.
-    pub enable_xattr: bool,
     /// What the document asks for and does not get, or what nobody knows: `key: reason`.
     pub notes: Vec<String>,
 }
@@ -142,7 +142,7 @@ impl Config {
     }
 
     /// The config of an image that comes without one: blobs in `localfs_dir`, beside `bootstrap` or
-    /// in `blobs` beside it, cache in the user's cache directory (created, private to the user).
+    /// in `blobs` beside it, cache in the user's cache directory.
     ///
     /// # Errors
     ///
@@ -161,8 +161,7 @@ impl Config {
             form: Form::Defaults,
             id: String::new(),
             backend: BackendConfig::LocalFs(localfs),
-            work_dir: private_cache_dir(|name| std::env::var_os(name))?,
-            enable_xattr: true,
+            work_dir: cache_home(|name| std::env::var_os(name))?,
             notes: Vec::new(),
         })
     }
@@ -208,7 +207,7 @@ impl Config {
                 "prefetch": prefetch,
                 "filecache": {"work_dir": self.work_dir, "disable_indexed_map": false}},
             "rafs": {"mode": "direct", "batch_size": 1 << 20, "validate": true,
-                "enable_xattr": self.enable_xattr, "iostats_files": false,
+                "enable_xattr": true, "iostats_files": false,
                 "access_pattern": false, "latest_read_files": false, "prefetch": prefetch},
         })
     }
@@ -227,39 +226,17 @@ fn line_of(text: &str, offset: usize) -> usize {
     text.as_bytes().iter().take(offset).filter(|b| **b == b'\n').count() + 1
 }
 
-/// `$XDG_CACHE_HOME/rafsd`, or `~/.cache/rafsd`: created with mode 0700, refused if others own it
-/// or may write to it.
-fn private_cache_dir(
-    env: impl Fn(&str) -> Option<std::ffi::OsString>,
-) -> Result<PathBuf, ConfigError> {
-    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+/// `$XDG_CACHE_HOME` or `~/.cache`; the store keeps its files in a private directory below it.
+fn cache_home(env: impl Fn(&str) -> Option<std::ffi::OsString>) -> Result<PathBuf, ConfigError> {
     let absolute = |name: &str| env(name).map(PathBuf::from).filter(|p| p.is_absolute());
-    let home = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|h| h.join(".cache")));
-    let Some(home) = home else {
-        let reason = "neither XDG_CACHE_HOME nor HOME is an absolute path".to_owned();
-        return Err(ConfigError::NoCacheHome(reason));
-    };
-    let dir = home.join("rafsd");
-    let fail = |e: io::Error| ConfigError::NoCacheHome(format!("{}: {e}", dir.display()));
-    fs::create_dir_all(&home).map_err(fail)?;
-    match fs::DirBuilder::new().mode(0o700).create(&dir) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(fail(e)),
-        _ => {}
-    }
-    let meta = fs::symlink_metadata(&dir).map_err(fail)?;
-    let uid = rustix::process::geteuid().as_raw();
-    if !meta.is_dir() || meta.uid() != uid || meta.mode() & 0o022 != 0 {
-        let reason =
-            format!("{} is not a directory that only user {uid} can change", dir.display());
-        return Err(ConfigError::NoCacheHome(reason));
-    }
-    Ok(dir)
+    absolute("XDG_CACHE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+        .ok_or(ConfigError::NoCacheHome)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn json_toml_and_both_versions_mean_the_same() {
@@ -292,7 +269,6 @@ mod tests {
             assert_eq!(localfs.dir, Some("/b".into()), "{form}");
             assert_eq!(localfs.alt_dirs, [PathBuf::from("/c")], "{form}");
             assert_eq!(config.work_dir, PathBuf::from("/cache"), "{form}");
-            assert!(config.enable_xattr, "{form}");
             assert!(config.notes.is_empty(), "{form}: {:?}", config.notes);
         }
     }
@@ -321,7 +297,6 @@ mod tests {
     fn defaults_are_those_of_nydusd() {
         let config = Config::parse(&v1(BLOBCACHE, "")).unwrap();
         assert_eq!(config.work_dir, PathBuf::from("."));
-        assert!(!config.enable_xattr);
         assert!(config.notes.is_empty(), "{:?}", config.notes);
     }
 
@@ -380,7 +355,7 @@ mod tests {
     fn ignored_and_unknown_keys_are_noted() {
         let config = Config::parse(&v1(
             r#","color":"red","cache":{"type":"blobcache","compressed":true,"validate":true}"#,
-            r#","mode":"cached","digest_validate":true,"amplify_io":4096,"warmup":1,
+            r#","mode":"cached","digest_validate":true,"enable_xattr":false,"amplify_io":4096,"warmup":1,
               "fs_prefetch":{"enable":true,"prefetch_all":true,"threads_count":8}"#,
         ))
         .unwrap();
@@ -390,6 +365,7 @@ mod tests {
             "amplify_io",
             "device.cache.compressed",
             "device.color",
+            "enable_xattr",
             "fs_prefetch.enable",
             "mode",
             "warmup",
@@ -436,15 +412,13 @@ mod tests {
     }
 
     #[test]
-    fn without_a_document_the_cache_is_private() {
-        let home = tempfile::tempdir().unwrap();
-        let env = |name: &str| (name == "HOME").then(|| home.path().as_os_str().to_owned());
-        let dir = private_cache_dir(env).unwrap();
-        assert_eq!(dir, home.path().join(".cache/rafsd"));
-        assert_eq!(fs::metadata(&dir).unwrap().permissions().mode() & 0o777, 0o700);
-        assert_eq!(private_cache_dir(env).unwrap(), dir, "the second start uses it again");
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(private_cache_dir(env).is_err(), "others may write to it");
-        assert!(private_cache_dir(|_| None).is_err());
+    fn without_a_document_the_cache_is_the_user_s() {
+        let home = |names: &'static [(&str, &str)]| {
+            cache_home(|name| names.iter().find(|(n, _)| *n == name).map(|(_, v)| v.into())).ok()
+        };
+        assert_eq!(home(&[("HOME", "/h")]), Some("/h/.cache".into()));
+        assert_eq!(home(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), Some("/x".into()));
+        assert_eq!(home(&[("HOME", "/h"), ("XDG_CACHE_HOME", "x")]), Some("/h/.cache".into()));
+        assert_eq!(home(&[("HOME", "")]), None);
     }
 }

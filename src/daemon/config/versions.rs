@@ -10,6 +10,7 @@ use crate::backend::LocalFsConfig;
 
 const NO_PREFETCH: &str = "prefetch is not in this build";
 const NO_FILE_STATS: &str = "statistics per file are not in this build";
+const SHOWS_XATTRS: &str = "attributes of an image are always shown: capabilities are among them";
 const WHOLE_CHUNKS: &str = "reads are rounded to whole chunks, no further";
 
 pub(super) fn read(form: Form, document: Map<String, Value>) -> Result<Config, ConfigError> {
@@ -48,7 +49,7 @@ fn version_1(mut top: Table) -> Result<Config, ConfigError> {
     mode(&mut top, &mut notes)?;
     // Every chunk is verified, whatever these say.
     top.take::<bool>("digest_validate")?;
-    let enable_xattr = top.take("enable_xattr")?.unwrap_or(false);
+    top.ignore("enable_xattr", true, SHOWS_XATTRS, &mut notes)?;
     file_statistics(&mut top, &mut notes)?;
     top.ignore("amplify_io", 1u64 << 20, WHOLE_CHUNKS, &mut notes)?;
     if let Some(prefetch) = top.table("fs_prefetch")? {
@@ -56,7 +57,7 @@ fn version_1(mut top: Table) -> Result<Config, ConfigError> {
         ignore_prefetch(prefetch, keys, &mut notes)?;
     }
     top.finish(&mut notes);
-    Ok(Config { form: Form::JsonV1, id, backend: backend_config, work_dir, enable_xattr, notes })
+    Ok(Config { form: Form::JsonV1, id, backend: backend_config, work_dir, notes })
 }
 
 fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
@@ -92,11 +93,10 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
         cache.finish(&mut notes);
     }
 
-    let mut enable_xattr = false;
     if let Some(mut rafs) = top.table("rafs")? {
         mode(&mut rafs, &mut notes)?;
         rafs.take::<bool>("validate")?;
-        enable_xattr = rafs.take("enable_xattr")?.unwrap_or(false);
+        rafs.ignore("enable_xattr", true, SHOWS_XATTRS, &mut notes)?;
         file_statistics(&mut rafs, &mut notes)?;
         rafs.ignore("batch_size", 1u64 << 20, WHOLE_CHUNKS, &mut notes)?;
         if let Some(prefetch) = rafs.table("prefetch")? {
@@ -105,7 +105,7 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
         rafs.finish(&mut notes);
     }
     top.finish(&mut notes);
-    Ok(Config { form, id, backend: backend_config, work_dir, enable_xattr, notes })
+    Ok(Config { form, id, backend: backend_config, work_dir, notes })
 }
 
 fn required_table(parent: &mut Table, key: &str) -> Result<Table, ConfigError> {
