@@ -20,6 +20,10 @@ mod ring;
 mod session;
 mod socket;
 mod stop;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::future::Future;
 use std::io;

@@ -234,6 +234,9 @@ impl<S: Serve> Worker<S> {
 
     /// Takes the next chain.
     fn pop(&mut self, guest: &GuestMemory) -> Popped {
+        if let Some(old) = self.jumped_from {
+            self.settle_jump(guest, old);
+        }
         let descriptors = match self.queue.iter(guest) {
             Ok(mut available) => available.next(),
             Err(QueueError::InvalidAvailRingIndex) => {
@@ -248,7 +251,6 @@ impl<S: Serve> Worker<S> {
         let Some(descriptors) = descriptors else {
             return Popped::Nothing;
         };
-        self.jumped_from = None;
         if descriptors.head_index() >= self.queue.size() {
             self.shared.complain(Complaint::BadHead, &"an available entry names no descriptor");
             return Popped::Nonsense;
@@ -257,24 +259,43 @@ impl<S: Serve> Worker<S> {
     }
 
     /// The available index is further ahead than the queue is long, so what the ring says between
-    /// here and there was never meant. Nothing is taken; whether the guest goes on from the new
-    /// place or returns to the old one, its next request is found.
+    /// here and there was never meant, and nothing of it is taken.
+    #[cold]
     fn follow_jump(&mut self, guest: &GuestMemory) {
-        let Ok(index) = self.queue.avail_idx(guest, Ordering::Acquire) else {
-            return self.forget_check();
-        };
-        let place = match self.jumped_from.take() {
-            Some(old) if index.0.wrapping_sub(old) <= self.queue.size() => old,
-            _ => {
+        match self.queue.avail_idx(guest, Ordering::Acquire) {
+            Ok(index) => {
                 self.jumped_from = Some(self.queue.next_avail());
+                self.queue.set_next_avail(index.0);
                 self.shared.complain_ring(
                     Complaint::BadIndex,
                     &"the available index is ahead by more than the queue's size",
                 );
-                index.0
             }
+            Err(_) => self.forget_check(),
+        }
+    }
+
+    /// After a jump the guest may go on from the new place or return to the old one: it is at the
+    /// one that its next request is closer to.
+    #[cold]
+    fn settle_jump(&mut self, guest: &GuestMemory, old: u16) {
+        let Ok(index) = self.queue.avail_idx(guest, Ordering::Acquire) else {
+            return self.forget_check();
         };
-        self.queue.set_next_avail(place);
+        let beyond_new = index.0.wrapping_sub(self.queue.next_avail());
+        let beyond_old = index.0.wrapping_sub(old);
+        if beyond_new == 0 {
+            return;
+        }
+        self.jumped_from = None;
+        let returned = match beyond_old {
+            // Either it is back, or it jumped back a little and has come forward to here since.
+            0 => beyond_new > self.queue.size(),
+            _ => beyond_old <= self.queue.size() && beyond_old < beyond_new,
+        };
+        if returned {
+            self.queue.set_next_avail(old);
+        }
     }
 
     /// Serves a chain that was just taken.
