@@ -106,7 +106,7 @@ fn converse<S: Serve>(
         };
         count(&device.counters.bad_messages_total);
         let number = header.number();
-        if complaints.first(Complaint::BadMessage) {
+        if complaints.first(Complaint::Message) {
             log::warn!("vhost-user: message {number} refused: {error}; more are only counted");
         } else {
             log::debug!("vhost-user: message {number} refused: {error}");

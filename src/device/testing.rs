@@ -1,6 +1,9 @@
 //! The other side, for tests: a guest that writes rings by hand, a VMM that speaks vhost-user, and
 //! a service whose requests do what the test says.
 
+// The numbers are the tests' own, and small.
+#![allow(clippy::cast_possible_truncation)]
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::AsRawFd;

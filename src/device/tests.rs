@@ -1,5 +1,8 @@
 //! The device as a whole, against a VMM and a guest written out by hand.
 
+// The numbers are the tests' own, and small.
+#![allow(clippy::cast_possible_truncation)]
+
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
