@@ -18,4 +18,11 @@ pub enum FormatError {
     Io { path: String, source: std::io::Error },
 }
 
+impl FormatError {
+    /// [`FormatError::Invalid`] with fewer words.
+    pub(super) fn invalid(what: &'static str, offset: u64, reason: impl Into<String>) -> Self {
+        FormatError::Invalid { what, offset, reason: reason.into() }
+    }
+}
+
 pub type Result<T> = std::result::Result<T, FormatError>;

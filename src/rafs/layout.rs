@@ -9,6 +9,8 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::id::BlobIndex;
+
 /// Byte offset of the EROFS super block.
 pub const SUPER_OFFSET: usize = 1024;
 /// Byte offset of the RAFS extended super block.
@@ -318,6 +320,11 @@ impl ChunkAddr {
         self.device.to_bytes()[0]
     }
 
+    /// The blob; `None` for device 0, the bootstrap, which holds no chunks.
+    pub fn blob(self) -> Option<BlobIndex> {
+        self.device().checked_sub(1).map(BlobIndex)
+    }
+
     /// Index in the chunk-info array of the blob.
     pub fn chunk_index(self) -> u32 {
         let [lo, mid] = self.index_lo.to_bytes();
@@ -456,6 +463,31 @@ pub struct TocEntry {
     pub reserved2: [u8; 48],
 }
 const _: () = assert!(size_of::<TocEntry>() == 128);
+
+/// GNU tar header, 512 bytes: stands *behind* each section of a packed blob and describes it.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct TarHeader {
+    /// Section name, padded with zeros.
+    pub name: [u8; 100],
+    pub mode: [u8; 8],
+    pub uid: [u8; 8],
+    pub gid: [u8; 8],
+    /// Bytes of the section: octal digits, or big-endian binary if the first bit is set.
+    pub size: [u8; 12],
+    pub mtime: [u8; 12],
+    /// Sum of all bytes of the header with this field full of spaces, in octal digits.
+    pub checksum: [u8; 8],
+    /// `0`: a regular file.
+    pub kind: u8,
+    pub link_name: [u8; 100],
+    /// [`TAR_MAGIC`].
+    pub magic: [u8; 8],
+    pub reserved: [u8; 247],
+}
+const _: () = assert!(size_of::<TarHeader>() == 512);
+/// `TarHeader::magic`, in the form of GNU tar.
+pub const TAR_MAGIC: [u8; 8] = *b"ustar  \0";
 
 #[cfg(test)]
 mod tests {

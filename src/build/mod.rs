@@ -1,0 +1,5 @@
+//! The image tool.
+
+pub mod check;
+pub mod image_file;
+pub mod inspect;
