@@ -12,6 +12,7 @@
 
 mod chain;
 mod counters;
+mod fuse_service;
 mod held;
 mod intake;
 mod memory;
