@@ -38,16 +38,16 @@ pub(super) fn count(counter: &AtomicU64) {
 #[derive(Debug, Default)]
 pub(super) struct Complaints(AtomicU32);
 
-/// A kind of misbehaviour.
+/// What the misbehaviour was about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Complaint {
-    BadChain,
-    BadRequest,
-    BadHead,
-    BadIndex,
-    BadRing,
-    BadMessage,
+    Chain,
+    Request,
+    Head,
+    Index,
+    Ring,
+    Message,
 }
 
 impl Complaints {
@@ -67,9 +67,9 @@ mod tests {
     #[test]
     fn each_kind_is_first_once() {
         let complaints = Complaints::default();
-        assert!(complaints.first(Complaint::BadChain));
-        assert!(!complaints.first(Complaint::BadChain));
-        assert!(complaints.first(Complaint::BadRing));
-        assert!(!complaints.first(Complaint::BadRing));
+        assert!(complaints.first(Complaint::Chain));
+        assert!(!complaints.first(Complaint::Chain));
+        assert!(complaints.first(Complaint::Ring));
+        assert!(!complaints.first(Complaint::Ring));
     }
 }

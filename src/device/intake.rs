@@ -3,8 +3,8 @@
 //! The `vhost` crate reads a message's header, then its body, and gives up on the connection where
 //! the two do not come together or the header is not to its liking. Here is what stands before it:
 //! a message is handed on only when all of it has arrived, so nothing blocks in the middle of one
-//! and the connection can be ended at any time; and one that the crate would stumble over is taken
-//! off the socket and refused, and the next is read.
+//! and the connection can be ended at any time; and one that the crate does not know is taken off the
+//! socket and refused, and the next is read.
 
 use std::io::{self, IoSliceMut, Read, Write};
 use std::os::fd::OwnedFd;
@@ -30,8 +30,8 @@ pub(super) struct Header {
     flags: u32,
     /// Bytes of the body.
     size: u32,
-    /// Whether file descriptors came with it.
-    has_files: bool,
+    /// Whether file descriptors lie in the socket with it.
+    sees_files: bool,
 }
 
 impl Header {
@@ -50,27 +50,28 @@ impl Header {
         self.flags & NEED_REPLY != 0
     }
 
-    /// Whether the `vhost` crate reads this message to its end, whatever is in the body.
-    pub(super) fn is_digestible(&self) -> bool {
+    /// Whether file descriptors seem to have come where none belong. They may also be those of the
+    /// next message: the kernel shows them, too, where that one is in the socket already.
+    pub(super) fn has_stray_files(&self) -> bool {
         use FrontendReq as R;
-        match self.request() {
-            None => false,
-            Some(
-                R::SET_MEM_TABLE
-                | R::SET_VRING_CALL
-                | R::SET_VRING_KICK
-                | R::SET_VRING_ERR
-                | R::SET_LOG_BASE
-                | R::SET_LOG_FD
-                | R::SET_BACKEND_REQ_FD
-                | R::SET_INFLIGHT_FD
-                | R::ADD_MEM_REG
-                | R::REM_MEM_REG
-                | R::SET_DEVICE_STATE_FD
-                | R::GPU_SET_SOCKET,
-            ) => true,
-            Some(_) => !self.has_files,
-        }
+        self.sees_files
+            && !matches!(
+                self.request(),
+                Some(
+                    R::SET_MEM_TABLE
+                        | R::SET_VRING_CALL
+                        | R::SET_VRING_KICK
+                        | R::SET_VRING_ERR
+                        | R::SET_LOG_BASE
+                        | R::SET_LOG_FD
+                        | R::SET_BACKEND_REQ_FD
+                        | R::SET_INFLIGHT_FD
+                        | R::ADD_MEM_REG
+                        | R::REM_MEM_REG
+                        | R::SET_DEVICE_STATE_FD
+                        | R::GPU_SET_SOCKET
+                )
+            )
     }
 }
 
@@ -187,7 +188,7 @@ impl Intake {
             flags: word(4),
             size: word(8),
             // We left no room for descriptors: if any were there, they were cut off.
-            has_files: message.flags.contains(ReturnFlags::CTRUNC),
+            sees_files: message.flags.contains(ReturnFlags::CTRUNC),
         })
     }
 

@@ -12,6 +12,7 @@
 
 mod chain;
 mod counters;
+mod fuse_service;
 mod held;
 mod intake;
 mod memory;
@@ -20,6 +21,10 @@ mod ring;
 mod session;
 mod socket;
 mod stop;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::future::Future;
 use std::io;

@@ -20,7 +20,7 @@ use rustix::event::{Timespec, epoll};
 use rustix::fs::{FileType, fstat};
 use tokio::runtime::Handle;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use super::chain::{Chain, Fault};
@@ -69,12 +69,12 @@ impl<S: Serve> Shared<S> {
     /// Writes down what the guest or the VMM did wrong.
     fn complain(&self, kind: Complaint, what: &dyn std::fmt::Display) {
         let counter = match kind {
-            Complaint::BadChain => &self.counters.bad_chains_total,
-            Complaint::BadRequest => &self.counters.bad_requests_total,
-            Complaint::BadHead => &self.counters.bad_heads_total,
-            Complaint::BadIndex => &self.counters.bad_indexes_total,
-            Complaint::BadRing => &self.counters.bad_rings_total,
-            Complaint::BadMessage => &self.counters.bad_messages_total,
+            Complaint::Chain => &self.counters.bad_chains_total,
+            Complaint::Request => &self.counters.bad_requests_total,
+            Complaint::Head => &self.counters.bad_heads_total,
+            Complaint::Index => &self.counters.bad_indexes_total,
+            Complaint::Ring => &self.counters.bad_rings_total,
+            Complaint::Message => &self.counters.bad_messages_total,
         };
         count(counter);
         if self.complaints.first(kind) {
@@ -190,7 +190,7 @@ impl<S: Serve> Worker<S> {
                 break;
             }
             match self.pop(guest) {
-                Popped::Chain(chain) => self.serve(&memory, chain),
+                Popped::Head(chain) => self.serve(&memory, Chain::walk(chain)),
                 Popped::Nonsense => {}
                 Popped::Nothing => {
                     more = false;
@@ -220,7 +220,7 @@ impl<S: Serve> Worker<S> {
             self.usable = self.queue.is_valid(memory.guest());
             if !self.usable {
                 self.shared
-                    .complain_ring(Complaint::BadRing, &"the ring is outside the guest's memory");
+                    .complain_ring(Complaint::Ring, &"the ring is outside the guest's memory");
             }
         }
         self.usable
@@ -229,11 +229,14 @@ impl<S: Serve> Worker<S> {
     /// The ring could not be accessed although it was checked.
     fn forget_check(&mut self) {
         self.usable = false;
-        self.shared.complain_ring(Complaint::BadRing, &"the ring cannot be accessed");
+        self.shared.complain_ring(Complaint::Ring, &"the ring cannot be accessed");
     }
 
     /// Takes the next chain.
-    fn pop(&mut self, guest: &GuestMemory) -> Popped {
+    fn pop<'m>(&mut self, guest: &'m GuestMemory) -> Popped<'m> {
+        if let Some(old) = self.jumped_from {
+            self.settle_jump(guest, old);
+        }
         let descriptors = match self.queue.iter(guest) {
             Ok(mut available) => available.next(),
             Err(QueueError::InvalidAvailRingIndex) => {
@@ -248,33 +251,51 @@ impl<S: Serve> Worker<S> {
         let Some(descriptors) = descriptors else {
             return Popped::Nothing;
         };
-        self.jumped_from = None;
         if descriptors.head_index() >= self.queue.size() {
-            self.shared.complain(Complaint::BadHead, &"an available entry names no descriptor");
+            self.shared.complain(Complaint::Head, &"an available entry names no descriptor");
             return Popped::Nonsense;
         }
-        Popped::Chain(Chain::walk(descriptors))
+        Popped::Head(descriptors)
     }
 
     /// The available index is further ahead than the queue is long, so what the ring says between
-    /// here and there was never meant. Nothing is taken; whether the guest goes on from the new
-    /// place or returns to the old one, its next request is found.
+    /// here and there was never meant, and nothing of it is taken.
+    #[cold]
     fn follow_jump(&mut self, guest: &GuestMemory) {
+        match self.queue.avail_idx(guest, Ordering::Acquire) {
+            Ok(index) => {
+                self.jumped_from = Some(self.queue.next_avail());
+                self.queue.set_next_avail(index.0);
+                self.shared.complain_ring(
+                    Complaint::Index,
+                    &"the available index is ahead by more than the queue's size",
+                );
+            }
+            Err(_) => self.forget_check(),
+        }
+    }
+
+    /// After a jump the guest may go on from the new place or return to the old one: it is at the
+    /// one that its next request is closer to.
+    #[cold]
+    fn settle_jump(&mut self, guest: &GuestMemory, old: u16) {
         let Ok(index) = self.queue.avail_idx(guest, Ordering::Acquire) else {
             return self.forget_check();
         };
-        let place = match self.jumped_from.take() {
-            Some(old) if index.0.wrapping_sub(old) <= self.queue.size() => old,
-            _ => {
-                self.jumped_from = Some(self.queue.next_avail());
-                self.shared.complain_ring(
-                    Complaint::BadIndex,
-                    &"the available index is ahead by more than the queue's size",
-                );
-                index.0
-            }
+        let beyond_new = index.0.wrapping_sub(self.queue.next_avail());
+        let beyond_old = index.0.wrapping_sub(old);
+        if beyond_new == 0 {
+            return;
+        }
+        self.jumped_from = None;
+        let returned = match beyond_old {
+            // Either it is back, or it jumped back a little and has come forward to here since.
+            0 => beyond_new > self.queue.size(),
+            _ => beyond_old <= self.queue.size() && beyond_old < beyond_new,
         };
-        self.queue.set_next_avail(place);
+        if returned {
+            self.queue.set_next_avail(old);
+        }
     }
 
     /// Serves a chain that was just taken.
@@ -288,7 +309,7 @@ impl<S: Serve> Worker<S> {
         let request = match self.shared.service.parse(&self.bytes) {
             Ok(request) => request,
             Err(errno) => {
-                self.shared.complain(Complaint::BadRequest, &"a request that makes no sense");
+                self.shared.complain(Complaint::Request, &"a request that makes no sense");
                 let len = self.shared.service.refuse(&self.bytes, errno, &reply);
                 return self.give_back(guest, &chain, len);
             }
@@ -315,7 +336,7 @@ impl<S: Serve> Worker<S> {
         fault: Fault,
         reply: &[VolatileSlice<'_>],
     ) {
-        self.shared.complain(Complaint::BadChain, &fault);
+        self.shared.complain(Complaint::Chain, &fault);
         let service = &self.shared.service;
         let len = service.refuse(&self.bytes, libc::EIO, reply);
         self.give_back(guest, chain, len);
@@ -429,8 +450,9 @@ impl<S: Serve> Worker<S> {
 }
 
 /// What the available ring had to offer.
-enum Popped {
-    Chain(Chain),
+enum Popped<'m> {
+    /// A chain to follow, by a head that can be given back.
+    Head(DescriptorChain<&'m GuestMemory>),
     /// An entry that cannot be given back.
     Nonsense,
     Nothing,

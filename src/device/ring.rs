@@ -172,7 +172,7 @@ impl<S: Serve> Ring<S> {
         }
         let Some(queue) = prepare(&memory, self.size, addresses, self.base, event_idx) else {
             let what = "the ring is not started: it is outside the guest's memory";
-            self.shared.complain_ring(Complaint::BadRing, &what);
+            self.shared.complain_ring(Complaint::Ring, &what);
             return;
         };
         let mut held = std::mem::replace(held, HeldTable::new());

@@ -91,10 +91,10 @@ fn converse<S: Serve>(
             Arrival::Stopped => return Ok("we are to end"),
             Arrival::Broken(why) => return Err(io::Error::new(io::ErrorKind::InvalidData, why)),
         };
-        let (error, answered) = if header.is_digestible() {
+        let (error, answered) = if header.request().is_some() {
             match handler.handle_request() {
                 Ok(()) => continue,
-                Err(e) if is_fatal(&e) => return Err(io::Error::other(e)),
+                Err(e) if is_fatal(header, &e) => return Err(io::Error::other(e)),
                 Err(e) => {
                     let answered = was_answered(header, &e);
                     (e.to_string(), answered)
@@ -106,7 +106,7 @@ fn converse<S: Serve>(
         };
         count(&device.counters.bad_messages_total);
         let number = header.number();
-        if complaints.first(Complaint::BadMessage) {
+        if complaints.first(Complaint::Message) {
             log::warn!("vhost-user: message {number} refused: {error}; more are only counted");
         } else {
             log::debug!("vhost-user: message {number} refused: {error}");
@@ -119,16 +119,18 @@ fn converse<S: Serve>(
 }
 
 /// Whether a connection is of no use after this error.
-fn is_fatal(error: &Error) -> bool {
-    matches!(
-        error,
+fn is_fatal(header: Header, error: &Error) -> bool {
+    match error {
         Error::Disconnected
-            | Error::PartialMessage
-            | Error::OversizedMsg
-            | Error::SocketBroken(_)
-            | Error::SocketError(_)
-            | Error::SocketRetry(_)
-    )
+        | Error::PartialMessage
+        | Error::OversizedMsg
+        | Error::SocketBroken(_)
+        | Error::SocketError(_)
+        | Error::SocketRetry(_) => true,
+        // The crate may have left the body unread.
+        Error::InvalidMessage => header.has_stray_files(),
+        _ => false,
+    }
 }
 
 /// Whether the `vhost` crate has answered a message that failed: it has if the failure is ours
