@@ -23,7 +23,8 @@ pub struct Node {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
-    pub mtime: u64,
+    /// Seconds since 1970, also before it.
+    pub mtime: i64,
     pub mtime_nsec: u32,
     pub nlink: u32,
     /// Of files and symlinks.
@@ -130,7 +131,7 @@ impl Tree {
             mode: kind | mode,
             uid: number("uid")?,
             gid: number("gid")?,
-            mtime: object["mtime"].as_u64().context("mtime")?,
+            mtime: object["mtime"].as_i64().context("mtime")?,
             mtime_nsec: number("mtime_nsec")?,
             nlink: number("nlink")?,
             size: object["size"].as_u64(),
@@ -247,8 +248,8 @@ fn check_attr(node: &Node, attr: &Attr, diff: &mut Differences) {
     diff.same(node, "gid", attr.gid, node.gid);
     diff.same(node, "nlink", attr.nlink, node.nlink);
     let time = (node.mtime, node.mtime_nsec);
-    diff.same(node, "mtime", (attr.mtime, attr.mtimensec), time);
-    diff.same(node, "ctime", (attr.ctime, attr.ctimensec), time);
+    diff.same(node, "mtime", (attr.mtime.cast_signed(), attr.mtimensec), time);
+    diff.same(node, "ctime", (attr.ctime.cast_signed(), attr.ctimensec), time);
     if let Some(size) = node.size {
         diff.same(node, "size", attr.size, size);
     }
