@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use base64::Engine;
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
@@ -60,21 +61,8 @@ pub struct Tree {
     pub nodes: BTreeMap<Vec<u8>, Node>,
 }
 
-/// Standard base64 with padding.
 fn base64(text: &str) -> Result<Vec<u8>> {
-    const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = Vec::new();
-    let (mut bits, mut have) = (0u32, 0);
-    for byte in text.trim_end_matches('=').bytes() {
-        let value = ALPHABET.iter().position(|&b| b == byte).context("not base64")?;
-        bits = bits << 6 | u32::try_from(value)?;
-        have += 6;
-        if have >= 8 {
-            have -= 8;
-            out.push(u8::try_from(bits >> have & 0xff)?);
-        }
-    }
-    Ok(out)
+    Ok(base64::engine::general_purpose::STANDARD.decode(text)?)
 }
 
 /// `key`, or `key_b64` where the bytes are not UTF-8.

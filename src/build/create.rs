@@ -347,7 +347,7 @@ mod tests {
             ("-D d", "<DIR>"),
         ];
         for (line, message) in bad {
-            let error = parse(line).err().expect(line).to_string();
+            let error = parse(line).expect_err(line).to_string();
             assert!(error.contains(message), "{line}: {error}");
         }
     }

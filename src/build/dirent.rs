@@ -7,9 +7,9 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U64};
 
 use crate::rafs::id::Nid;
-use crate::rafs::layout::{BLOCK_SIZE, Dirent};
+use crate::rafs::layout::{BLOCK_BITS, Dirent};
 
-const BLOCK: usize = BLOCK_SIZE as usize;
+const BLOCK: usize = 1 << BLOCK_BITS;
 
 /// Entries of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,12 +10,14 @@
 #![forbid(unsafe_code)]
 
 pub mod blob_file;
+pub mod check;
 pub mod chunker;
 pub mod create;
 pub mod dedup;
 pub mod dirent;
 pub mod error;
-
+pub mod image_file;
+pub mod inspect;
 pub mod output;
 pub mod pipeline;
 pub mod place;

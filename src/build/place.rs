@@ -21,7 +21,8 @@ const GAPS: usize = 16;
 pub struct Place {
     /// Bytes from the start of the bootstrap.
     pub inode: u64,
-    /// First whole block of a directory's or link's data, in bytes; 0 if it has none.
+    /// Start of the whole blocks of a directory's or link's data, in bytes. If there are none, the
+    /// block of the inode, which nobody looks at.
     pub data: u64,
     /// True if the last block of the data is behind the inode.
     pub inline: bool,
@@ -94,11 +95,12 @@ fn place(tree: &Tree, id: NodeId, chunk_size: u32, space: &mut Space) -> Place {
     let tail = data_len % BLOCK_SIZE;
     let inline = tail > 0 && inode_len + tail <= BLOCK_SIZE;
     let blocks = if inline { data_len / BLOCK_SIZE } else { data_len.div_ceil(BLOCK_SIZE) };
-    Place {
-        inode: space.take(if inline { inode_len + tail } else { inode_len }, inline),
-        data: if blocks > 0 { space.take_blocks(blocks) } else { 0 },
-        inline,
-    }
+    let inode = space.take(if inline { inode_len + tail } else { inode_len }, inline);
+    let data = match blocks {
+        0 => inode / BLOCK_SIZE * BLOCK_SIZE,
+        blocks => space.take_blocks(blocks),
+    };
+    Place { inode, data, inline }
 }
 
 /// Space of the bootstrap, handed out from its start to its end.

@@ -23,6 +23,7 @@ use super::pipeline::{FileChunks, Settings};
 use super::place::{self, Plan};
 use super::tree::{FileId, Kind, Node, NodeId, Tree};
 use super::xattrs;
+use crate::rafs::FileKind;
 use crate::rafs::layout::{
     BLOCK_BITS, BLOCK_SIZE, BlobEntry, CHUNK_FORMAT_INDEXES, COMPAT_RAFS_V6, ChunkAddr,
     ChunkRecord, DEVICE_SLOT_OFFSET, DEVICE_TABLE_OFFSET, DeviceSlot, EROFS_MAGIC,
@@ -254,18 +255,9 @@ fn put_dir(out: &mut Out, plan: &Plan, tree: &Tree, dir: NodeId) -> u64 {
     dirent::data_size(&blocks)
 }
 
-/// The file type of a directory entry, from the type bits of the mode.
+/// The file type of a directory entry.
 fn file_type(node: &Node) -> u8 {
-    match node.mode & 0xF000 {
-        0x8000 => 1,
-        0x4000 => 2,
-        0x2000 => 3,
-        0x6000 => 4,
-        0x1000 => 5,
-        0xC000 => 6,
-        0xA000 => 7,
-        mode => unreachable!("the scan refuses files of type {mode:#x}"),
-    }
+    FileKind::from_mode(node.mode).expect("the scan refuses other types").to_dirent()
 }
 
 fn device_slot(blob: &Blob, bootstrap_len: u64) -> DeviceSlot {

@@ -17,6 +17,9 @@ pub mod toc;
 pub mod walk;
 pub mod xattr;
 
+#[cfg(test)]
+mod tests;
+
 pub use blob_table::BlobInfo;
 pub use bootstrap::Bootstrap;
 pub use chunk_table::ChunkDigests;

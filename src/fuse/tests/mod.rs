@@ -1,0 +1,7 @@
+//! The whole room at work: requests in, answers out, over the golden images.
+
+mod golden;
+mod guest;
+mod hostile;
+mod listing;
+mod session;
