@@ -791,7 +791,7 @@ fn random_requests_are_answered() {
     let until = Instant::now() + fuzz_time();
     let request = (
         prop_oneof![4 => 1u32..54, 1 => any::<u32>()],
-        prop_oneof![3 => Just(0u64), 1 => Just(u64::MAX), 1 => any::<u64>(), 1 => (0u64..64)],
+        prop_oneof![3 => Just(0u64), 1 => Just(u64::MAX), 1 => any::<u64>(), 1 => 0u64..64],
         prop::collection::vec(any::<u8>(), 0..256),
         prop_oneof![Just(0usize), Just(16), Just(144), 0..4096usize, Just(65536)],
         prop_oneof![8 => Just(None), 1 => any::<u32>().prop_map(Some)],

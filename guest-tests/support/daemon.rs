@@ -32,10 +32,12 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// An image with its blobs in `blob_dir`; sockets, config and cache go below `scratch`.
+    /// The daemon of this build, or the one that `RAFSD_TEST_PROGRAM` names, and an image with its
+    /// blobs in `blob_dir`; sockets, config and cache go below `scratch`.
     pub fn new(bootstrap: &Path, blob_dir: &Path, scratch: &Path) -> Launch {
         Launch {
-            program: PathBuf::from(env!("CARGO_BIN_EXE_rafsd")),
+            program: std::env::var_os("RAFSD_TEST_PROGRAM")
+                .map_or_else(|| env!("CARGO_BIN_EXE_rafsd").into(), PathBuf::from),
             bootstrap: bootstrap.to_owned(),
             backend: json!({ "dir": blob_dir }),
             work_dir: scratch.join("cache"),
@@ -70,7 +72,7 @@ impl Launch {
     }
 
     pub fn request_queues(self, count: usize) -> Launch {
-        self.arg("--thread-num").arg(count.to_string())
+        self.arg("--num-request-queues").arg(count.to_string())
     }
 
     pub fn read_timeout(self, limit: Duration) -> Launch {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use base64::Engine;
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
@@ -23,7 +24,8 @@ pub struct Node {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
-    pub mtime: u64,
+    /// Seconds since 1970, also before it.
+    pub mtime: i64,
     pub mtime_nsec: u32,
     pub nlink: u32,
     /// Of files and symlinks.
@@ -59,21 +61,8 @@ pub struct Tree {
     pub nodes: BTreeMap<Vec<u8>, Node>,
 }
 
-/// Standard base64 with padding.
 fn base64(text: &str) -> Result<Vec<u8>> {
-    const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = Vec::new();
-    let (mut bits, mut have) = (0u32, 0);
-    for byte in text.trim_end_matches('=').bytes() {
-        let value = ALPHABET.iter().position(|&b| b == byte).context("not base64")?;
-        bits = bits << 6 | u32::try_from(value)?;
-        have += 6;
-        if have >= 8 {
-            have -= 8;
-            out.push(u8::try_from(bits >> have & 0xff)?);
-        }
-    }
-    Ok(out)
+    Ok(base64::engine::general_purpose::STANDARD.decode(text)?)
 }
 
 /// `key`, or `key_b64` where the bytes are not UTF-8.
@@ -130,7 +119,7 @@ impl Tree {
             mode: kind | mode,
             uid: number("uid")?,
             gid: number("gid")?,
-            mtime: object["mtime"].as_u64().context("mtime")?,
+            mtime: object["mtime"].as_i64().context("mtime")?,
             mtime_nsec: number("mtime_nsec")?,
             nlink: number("nlink")?,
             size: object["size"].as_u64(),
@@ -247,8 +236,8 @@ fn check_attr(node: &Node, attr: &Attr, diff: &mut Differences) {
     diff.same(node, "gid", attr.gid, node.gid);
     diff.same(node, "nlink", attr.nlink, node.nlink);
     let time = (node.mtime, node.mtime_nsec);
-    diff.same(node, "mtime", (attr.mtime, attr.mtimensec), time);
-    diff.same(node, "ctime", (attr.ctime, attr.ctimensec), time);
+    diff.same(node, "mtime", (attr.mtime.cast_signed(), attr.mtimensec), time);
+    diff.same(node, "ctime", (attr.ctime.cast_signed(), attr.ctimensec), time);
     if let Some(size) = node.size {
         diff.same(node, "size", attr.size, size);
     }
