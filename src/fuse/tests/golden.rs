@@ -9,7 +9,7 @@ use super::guest::{Guest, bootstrap, metadata, path};
 use crate::fuse::abi::{self, GetxattrIn, GetxattrOut, opcode};
 
 /// Images we read.
-const CASES: [&str; 11] = [
+pub(super) const CASES: [&str; 11] = [
     "v6-zstd",
     "v6-lz4",
     "v6-none",

@@ -1,5 +1,6 @@
 //! The whole room at work: requests in, answers out, over the golden images.
 
+mod content;
 mod golden;
 mod guest;
 mod hostile;
