@@ -9,6 +9,8 @@
 //! there, too, is wrong, or its guest is.
 
 mod support {
+    // Each test program uses its own part of these.
+    #![allow(dead_code)]
     pub mod guest;
     pub mod initramfs;
     pub mod parts;
