@@ -1,21 +1,25 @@
 //! File data: what a guest reads is what was in the tree, or an error.
 
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use proptest::prelude::*;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
 use super::golden::{CASES, bytes, tree};
 use super::guest::{Guest, RUNTIME, bootstrap, path};
-use crate::backend::{LocalFs, LocalFsConfig};
-use crate::blob::{Blob, Store, StoreConfig};
-use crate::fuse::abi::{LseekIn, LseekOut, ReadIn, opcode};
-use crate::fuse::wait::{Pinned, Pins};
-use crate::fuse::{Mounts, Outcome, RafsFs, RafsOptions, Reply};
-use crate::rafs::Bootstrap;
-use crate::rafs::codec::Digester;
-use crate::rafs::id::BlobId;
+use rafsd::backend::{Backend, BackendError, ByteStream, LocalFs, LocalFsConfig};
+use rafsd::blob::{Blob, Store, StoreConfig};
+use rafsd::fuse::abi::{LseekIn, LseekOut, ReadIn, opcode};
+use rafsd::fuse::{Mounts, Outcome, Pins, RafsFs, RafsOptions, Reply};
+use rafsd::rafs::Bootstrap;
+use rafsd::rafs::codec::Digester;
+use rafsd::rafs::id::BlobId;
 
 /// A golden image, mounted; its cache goes away with it.
 struct Image {
@@ -25,22 +29,60 @@ struct Image {
     chunk_size: usize,
 }
 
-impl Image {
-    fn mount(case: &str) -> Image {
-        Image::mount_with(case, "blobs", Duration::from_secs(30))
+/// Blobs of a case, until they are out of reach.
+struct Source {
+    files: LocalFs,
+    stuck: AtomicBool,
+}
+
+impl Source {
+    /// Files of `case`, in its directory `dir`.
+    fn new(case: &str, dir: &str) -> Arc<Source> {
+        let config = LocalFsConfig { dir: Some(path(case).join(dir)), ..Default::default() };
+        let files = LocalFs::new(config, RUNTIME.handle().clone());
+        Arc::new(Source { files, stuck: AtomicBool::new(false) })
+    }
+}
+
+impl Backend for Source {
+    fn read(
+        &self,
+        blob: &BlobId,
+        range: Range<u64>,
+    ) -> BoxFuture<'_, Result<ByteStream, BackendError>> {
+        if self.stuck.load(Ordering::SeqCst) {
+            return Box::pin(std::future::pending());
+        }
+        self.files.read(blob, range)
     }
 
-    fn mount_with(case: &str, blob_dir: &str, read_timeout: Duration) -> Image {
-        let image = named(case, bootstrap(case));
+    fn size(&self, blob: &BlobId) -> BoxFuture<'_, Result<u64, BackendError>> {
+        self.files.size(blob)
+    }
+
+    fn name(&self) -> &str {
+        "test"
+    }
+}
+
+impl Image {
+    fn mount(case: &str) -> Image {
         let cache = tempfile::tempdir().unwrap();
-        let runtime = RUNTIME.handle();
-        let store = Store::new(StoreConfig::new(cache.path()), runtime.clone()).unwrap();
-        let config = LocalFsConfig { dir: Some(path(case).join(blob_dir)), ..Default::default() };
-        let backend = Arc::new(LocalFs::new(config, runtime.clone()));
+        Image::mount_with(case, cache, Source::new(case, "blobs"), Duration::from_secs(30))
+    }
+
+    fn mount_with(
+        case: &str,
+        cache: tempfile::TempDir,
+        source: Arc<Source>,
+        read_timeout: Duration,
+    ) -> Image {
+        let image = named(case, bootstrap(case));
+        let store = Store::new(StoreConfig::new(cache.path()), RUNTIME.handle().clone()).unwrap();
         let blobs: Vec<_> = image
             .blobs()
             .iter()
-            .map(|blob| store.open_blob(&image, blob.index, backend.clone()).unwrap())
+            .map(|blob| store.open_blob(&image, blob.index, source.clone()).unwrap())
             .collect();
         let chunk_size = image.chunk_size() as usize;
         let options = RafsOptions { read_timeout, ..Default::default() };
@@ -60,13 +102,14 @@ impl Image {
         }
     }
 
-    /// Bytes of the uncompressed blob in the cache directory.
-    fn cache_files(&self) -> Vec<std::path::PathBuf> {
-        std::fs::read_dir(self.cache.path().join("rafsd"))
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .filter(|path| path.to_str().unwrap().ends_with(".blob.data"))
-            .collect()
+    /// Cuts the cache files of all blobs to `len` bytes.
+    fn cut_cache_files(&self, len: u64) {
+        for entry in std::fs::read_dir(self.cache.path().join("rafsd")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.to_str().unwrap().ends_with(".blob.data") {
+                std::fs::File::options().write(true).open(path).unwrap().set_len(len).unwrap();
+            }
+        }
     }
 }
 
@@ -185,10 +228,7 @@ fn a_cache_file_that_was_cut_is_read_again() {
     for keep in [0, 4096, 1_500_000] {
         let content = image.content(node, 1 << 20);
         assert_eq!(hex::encode(Digester::Sha256.digest(&content)), want["sha256"], "{keep}");
-        for file in image.cache_files() {
-            let file = std::fs::File::options().write(true).open(file).unwrap();
-            file.set_len(keep).unwrap();
-        }
+        image.cut_cache_files(keep);
     }
     let content = image.content(node, 1 << 20);
     assert_eq!(hex::encode(Digester::Sha256.digest(&content)), want["sha256"]);
@@ -196,7 +236,9 @@ fn a_cache_file_that_was_cut_is_read_again() {
 
 #[test]
 fn a_blob_that_cannot_be_had_fails_the_read_and_nothing_else() {
-    let image = Image::mount_with("v6-none", "no-such-directory", Duration::from_millis(200));
+    let source = Source::new("v6-none", "no-such-directory");
+    let cache = tempfile::tempdir().unwrap();
+    let image = Image::mount_with("v6-none", cache, source, Duration::from_millis(200));
     let node = image.guest.at(b"/b");
     assert_eq!(image.guest.read(node, 0, 4096), Err(libc::EIO));
     assert_eq!(image.guest.read(node, 9000, 4096), Ok(vec![]), "no chunk is needed for this");
@@ -204,89 +246,108 @@ fn a_blob_that_cannot_be_had_fails_the_read_and_nothing_else() {
     assert_eq!(image.blobs[0].ready_chunks().0, 0);
 }
 
+/// A disk that goes away with the test; mounting one needs root.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(at: &Path, options: &str) -> Disk {
+        let args = ["-t", "tmpfs", "-o", options, "none"];
+        assert!(Command::new("mount").args(args).arg(at).status().unwrap().success());
+        Disk(at.to_owned())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let done = Command::new("umount").arg("-l").arg(&self.0).status();
+        assert!(done.is_ok_and(|status| status.success()));
+    }
+}
+
 #[test]
-fn chunks_that_the_cache_could_not_take_come_from_memory() {
-    let content = {
-        let image = Image::mount("v6-none");
-        image.content(image.guest.at(b"/b"), 1 << 20)
-    };
-    // Its blobs are out of reach, so only what is pinned can be served.
-    let image = Image::mount_with("v6-none", "no-such-directory", Duration::from_millis(200));
-    let node = image.guest.at(b"/b");
-    let mut pins = Pins::default();
-    for (number, chunk) in (0_u32..).zip(content.chunks(image.chunk_size)) {
-        pins.pin(number, Pinned::Memory(chunk.into()));
+fn chunks_that_the_cache_cannot_take_come_from_memory() {
+    for disk in ["ro", "size=4k"] {
+        for case in ["v6-none", "v6-zstd"] {
+            let cache = tempfile::tempdir().unwrap();
+            let _disk = Disk::mount(cache.path(), disk);
+            let source = Source::new(case, "blobs");
+            let image = Image::mount_with(case, cache, source, Duration::from_secs(30));
+            for want in tree(case).iter().filter(|want| want["type"] == "file") {
+                let path = bytes(want, "path");
+                let content = image.content(image.guest.at(&path), 1 << 20);
+                let digest = hex::encode(Digester::Sha256.digest(&content));
+                assert_eq!(digest, want["sha256"], "{disk} {}", path.escape_ascii());
+                for (offset, size) in [(4000, 200), (4096, 4096), (8191, 2), (1, 100_000)] {
+                    let got = image.guest.read(image.guest.at(&path), offset, size).unwrap();
+                    let start = content.len().min(usize::try_from(offset).unwrap());
+                    let end = content.len().min(start + size as usize);
+                    assert!(got == content[start..end], "{disk} read({offset}, {size})");
+                }
+            }
+            let ready: u32 = image.blobs.iter().map(|blob| blob.ready_chunks().0).sum();
+            assert_eq!(ready, 0, "{disk}: nothing is in the cache");
+        }
     }
-    let send = |args: ReadIn| {
-        let request = image.guest.request(opcode::READ, node, args.as_bytes());
-        let mut memory = vec![0xAA; 16 + 9100];
-        let slices: Vec<_> = memory.chunks_mut(1000).map(vm_memory::VolatileSlice::from).collect();
-        let outcome = image.guest.server.handle(&request, &mut Reply::new(&slices), &pins);
-        drop(slices);
-        (outcome, memory)
-    };
-    for (offset, size) in [(0, 9000), (4000, 200), (4096, 4096), (8191, 2), (1, 9000)] {
-        let (outcome, memory) = send(ReadIn { offset, size, ..Default::default() });
-        let start = usize::try_from(offset).unwrap();
-        let want = &content[start..content.len().min(start + size as usize)];
-        assert!(matches!(outcome, Outcome::Reply(n) if n as usize == 16 + want.len()));
-        assert_eq!(memory[16..16 + want.len()], *want, "{offset} {size}");
-    }
-    // Shorter than the inode says: an error, not less data.
-    pins.pin(2, Pinned::Memory(content[8192..8999].into()));
-    let request = ReadIn { offset: 8192, size: 4096, ..Default::default() };
-    let request = image.guest.request(opcode::READ, node, request.as_bytes());
-    let mut memory = vec![0; 8192];
+}
+
+/// One round of a READ of 9000 bytes from the start of `node`.
+fn round(image: &Image, node: u64, pins: &Pins) -> Outcome {
+    let args = ReadIn { size: 9000, ..Default::default() };
+    let request = image.guest.request(opcode::READ, node, args.as_bytes());
+    let mut memory = vec![0; 9016];
     let slices = [vm_memory::VolatileSlice::from(&mut memory[..])];
-    let outcome = image.guest.server.handle(&request, &mut Reply::new(&slices), &pins);
-    assert!(matches!(outcome, Outcome::Reply(16)), "{outcome:?}");
-    assert_eq!(i32::read_from_bytes(&memory[4..8]).unwrap(), -libc::EIO);
+    image.guest.server.handle(&request, &mut Reply::new(&slices), pins)
 }
 
 #[test]
 fn a_read_waits_once_for_all_its_chunks() {
     let image = Image::mount("v6-none");
     let node = image.guest.at(b"/b");
-    let args = ReadIn { size: 9000, ..Default::default() };
-    let request = image.guest.request(opcode::READ, node, args.as_bytes());
-    let mut memory = vec![0; 9016];
-    let slices = [vm_memory::VolatileSlice::from(&mut memory[..])];
-    let handle = |pins: &Pins| image.guest.server.handle(&request, &mut Reply::new(&slices), pins);
-    let Outcome::Wait(wait) = handle(&Pins::default()) else { panic!("cold") };
+    let Outcome::Wait(wait) = round(&image, node, &Pins::default()) else { panic!("cold") };
     assert_eq!(image.blobs[0].ready_chunks().0, 0, "nothing starts before the wait is polled");
     let pins = RUNTIME.block_on(wait.ready());
-    assert!(pins.deadline.is_some());
-    assert!(matches!(handle(&pins), Outcome::Reply(9016)));
-    assert!(matches!(handle(&Pins::default()), Outcome::Reply(9016)), "warm");
+    assert!(matches!(round(&image, node, &pins), Outcome::Reply(9016)));
+    assert!(matches!(round(&image, node, &Pins::default()), Outcome::Reply(9016)), "warm");
     assert_eq!(image.blobs[0].ready_chunks().0, 3);
 }
 
 #[test]
-fn repeated_waits_keep_the_deadline_and_end() {
+fn a_read_does_not_wait_for_ever() {
     let image = Image::mount("v6-none");
     let node = image.guest.at(b"/b");
     let mut pins = Pins::default();
-    let mut deadline = None;
-    for round in 0.. {
-        assert!(round < 10, "waits for ever");
-        let args = ReadIn { size: 9000, ..Default::default() };
-        let request = image.guest.request(opcode::READ, node, args.as_bytes());
-        let mut memory = vec![0; 9016];
-        let slices = [vm_memory::VolatileSlice::from(&mut memory[..])];
+    for rounds in 0.. {
         // Somebody keeps cutting the cache file between the wait and the read.
-        for file in image.cache_files() {
-            std::fs::File::options().write(true).open(file).unwrap().set_len(0).unwrap();
-        }
-        match image.guest.server.handle(&request, &mut Reply::new(&slices), &pins) {
+        image.cut_cache_files(0);
+        match round(&image, node, &pins) {
             Outcome::Wait(wait) => pins = RUNTIME.block_on(wait.ready()),
-            Outcome::Reply(len) => {
-                assert_eq!((len, round), (16, 4), "EIO in the end");
+            outcome => {
+                assert!(matches!(outcome, Outcome::Reply(16)), "EIO: {outcome:?}");
+                assert_eq!(rounds, 4);
                 break;
             }
-            other => panic!("{other:?}"),
         }
-        assert_eq!(*deadline.get_or_insert(pins.deadline), pins.deadline);
     }
+    assert_eq!(image.guest.read(node, 0, 9000).unwrap().len(), 9000, "the next one is served");
+}
+
+#[test]
+fn waits_of_one_read_share_a_deadline() {
+    let (cache, source) = (tempfile::tempdir().unwrap(), Source::new("v6-none", "blobs"));
+    let timeout = Duration::from_secs(2);
+    let image = Image::mount_with("v6-none", cache, source.clone(), timeout);
+    let node = image.guest.at(b"/b");
+    let start = Instant::now();
+    let Outcome::Wait(wait) = round(&image, node, &Pins::default()) else { panic!("cold") };
+    let pins = RUNTIME.block_on(wait.ready());
+    image.cut_cache_files(0);
+    source.stuck.store(true, Ordering::SeqCst);
+    std::thread::sleep(timeout / 2);
+    let Outcome::Wait(wait) = round(&image, node, &pins) else { panic!("the file was cut") };
+    let pins = RUNTIME.block_on(wait.ready());
+    let took = start.elapsed();
+    assert!((timeout..timeout * 5 / 4).contains(&took), "{took:?}");
+    assert!(matches!(round(&image, node, &pins), Outcome::Reply(16)), "EIO");
 }
 
 proptest! {
