@@ -57,8 +57,7 @@ pub fn open(options: &Options, runtime: &Handle) -> Result<Image, DaemonError> {
         .collect::<Result<Vec<_>, _>>()?;
     describe(path, &bootstrap, backend.name(), &config, begin);
 
-    let fs_options =
-        RafsOptions { read_timeout: options.read_timeout, ..RafsOptions::default() };
+    let fs_options = RafsOptions { read_timeout: options.read_timeout, ..RafsOptions::default() };
     let fs = RafsFs::new(bootstrap, blobs, fs_options);
     Ok(Image {
         mounts: Mounts::single(fs),
