@@ -212,13 +212,22 @@ impl Stage {
         self.after(name);
     }
 
+    /// Every completion was asked for, and was looked at.
+    fn nothing_more(&mut self, name: &str) {
+        let queue = self.queue();
+        assert_eq!(queue.used_idx(), queue.last_used(), "{name}: more came back than was offered");
+        assert!(queue.bogus().is_empty(), "{name}: {:?} was not in flight", queue.bogus());
+    }
+
     /// What must hold after each case.
     fn after(&mut self, name: &str) {
         self.cases += 1;
+        self.nothing_more(name);
         let offset = 1000 + self.cases as u64;
         let got = self.fuse.read(self.node, 0, offset, 5000);
         let got = got.unwrap_or_else(|e| panic!("{name}: next read: {e}\n{}", self.daemon.log()));
         assert_eq!(got, pattern(0, offset, 5000), "{name}: next read");
+        self.nothing_more(name);
         if self.cases % 8 == 0 {
             let attr = self.other.getattr(self.node);
             let attr = attr.unwrap_or_else(|e| panic!("{name}: other queue: {e}"));
@@ -414,7 +423,6 @@ fn malformed_avail_rings(stage: &mut Stage) {
         stage.queue().offer(head);
         stage.queue().flush();
         stage.after(&name);
-        stage.queue().clear_bogus();
     }
     for many in [2, 10, 200] {
         let name = format!("{many} heads outside the table at once");
@@ -423,7 +431,6 @@ fn malformed_avail_rings(stage: &mut Stage) {
         }
         stage.queue().flush();
         stage.after(&name);
-        stage.queue().clear_bogus();
     }
     // The same head twice: both uses may come back, the second unasked for.
     let request = stage.getattr();
@@ -442,7 +449,7 @@ fn malformed_avail_rings(stage: &mut Stage) {
     stage.after("the same head twice");
     // An index further ahead than the ring is long names no valid entries: once it is mended, the
     // queue goes on where it stood.
-    for jump in [257u16, 300, 0x7fff, 0x8000, 0xff00, 0xffff] {
+    for jump in [257u16, 300, 0x7fff, 0x8000, 0xfe00] {
         let name = format!("available index jumps by {jump}");
         let at = stage.queue().avail_idx();
         stage.queue().set_avail_idx(at.wrapping_add(jump));
@@ -451,7 +458,6 @@ fn malformed_avail_rings(stage: &mut Stage) {
         stage.queue().set_avail_idx(at);
         stage.queue().kick();
         stage.after(&name);
-        stage.queue().clear_bogus();
     }
     // Flags and event words are hints: any value is one.
     for word in [0u16, 1, 2, 0x7fff, 0xffff] {

@@ -10,7 +10,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -247,6 +247,7 @@ pub struct Vm {
     /// The front end's end of the back end's request channel: kept open, never read.
     backend_channel: Option<UnixStream>,
     inflight: Option<std::fs::File>,
+    need_reply: bool,
 }
 
 impl Vm {
@@ -308,6 +309,7 @@ impl Vm {
             watchdog,
             backend_channel: None,
             inflight: None,
+            need_reply: false,
             config,
         })
     }
@@ -383,6 +385,7 @@ impl Vm {
                 }
             }
             Step::NeedReply(on) => {
+                self.need_reply = on;
                 let on = on && self.protocol.contains(P::REPLY_ACK);
                 self.front.set_hdr_flags(if on {
                     VhostUserHeaderFlag::NEED_REPLY
@@ -453,31 +456,46 @@ impl Vm {
         Fuse::new(&self.memory, queue)
     }
 
+    /// Runs one message with an acknowledgement, as QEMU does for those that concern memory: what
+    /// the guest does next must not overtake it.
+    fn acknowledged(&mut self, send: impl FnOnce(&mut Vm) -> Result<()>) -> Result<()> {
+        let before = self.need_reply;
+        self.step(Step::NeedReply(true))?;
+        let sent = {
+            let _armed = self.watchdog.arm();
+            send(self)
+        };
+        self.step(Step::NeedReply(before))?;
+        sent
+    }
+
     /// Makes SET_MEM_TABLE of what `memory` holds now.
     pub fn update_memory_table(&mut self) -> Result<()> {
-        self.step(Step::MemoryTable)
+        self.acknowledged(|vm| vm.run(Step::MemoryTable)).context("SET_MEM_TABLE")
+    }
+
+    fn has_slots(&self) -> bool {
+        self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
     /// Memory hot-plug: ADD_MEM_REG, or the whole table where slots were not negotiated.
     pub fn plug(&mut self, guest_addr: u64, len: u64) -> Result<()> {
-        let region = self.memory.plug(guest_addr, len)?;
-        if !self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+        let info = self.memory.plug(guest_addr, len)?.info();
+        if !self.has_slots() {
             return self.update_memory_table();
         }
-        let _armed = self.watchdog.arm();
-        self.front.add_mem_region(&region.info()).context("ADD_MEM_REG")?;
-        Ok(())
+        self.acknowledged(|vm| Ok(vm.front.add_mem_region(&info).map(drop)?)).context("ADD_MEM_REG")
     }
 
     /// Hot-unplug of the region at `guest_addr`; its mapping here lives as long as buffers in it.
-    pub fn unplug(&mut self, guest_addr: u64) -> Result<std::sync::Arc<Region>> {
+    pub fn unplug(&mut self, guest_addr: u64) -> Result<Arc<Region>> {
         let region = self.memory.unplug(guest_addr).context("no region there")?;
-        if !self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+        if !self.has_slots() {
             self.update_memory_table()?;
             return Ok(region);
         }
-        let _armed = self.watchdog.arm();
-        self.front.remove_mem_region(&region.info()).context("REM_MEM_REG")?;
+        let info = region.info();
+        self.acknowledged(|vm| Ok(vm.front.remove_mem_region(&info)?)).context("REM_MEM_REG")?;
         Ok(region)
     }
 

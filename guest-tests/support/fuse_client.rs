@@ -77,7 +77,16 @@ struct Slot {
     unique: u64,
     opcode: u32,
     reply_max: usize,
-    wants_reply: bool,
+    expects: Expects,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expects {
+    Reply,
+    /// FORGET: there is no room for an answer.
+    Nothing,
+    /// INTERRUPT: answered if it cannot be done, silent if it can.
+    Silence,
 }
 
 impl Slot {
@@ -206,7 +215,11 @@ impl Fuse {
         body: &[&[u8]],
         reply_max: usize,
     ) -> Option<Ticket> {
-        let wants_reply = !matches!(opcode, op::FORGET | op::BATCH_FORGET);
+        let expects = match opcode {
+            op::FORGET | op::BATCH_FORGET => Expects::Nothing,
+            op::INTERRUPT => Expects::Silence,
+            _ => Expects::Reply,
+        };
         let unique = self.next_unique;
         let body_len: usize = body.iter().map(|b| b.len()).sum();
         let total = size_of::<InHeader>() + body_len;
@@ -234,7 +247,7 @@ impl Fuse {
             let front = if joined { OUT_HEADER_LEN } else { 0 };
             self.buffer(front + reply_max)
         });
-        let slot = Slot { page, data, joined, unique, opcode, reply_max, wants_reply };
+        let slot = Slot { page, data, joined, unique, opcode, reply_max, expects };
         // An answer that was not written must not look like one left by an earlier request.
         let (buffer, at) = slot.out_header();
         buffer.write(at, &[0xff; OUT_HEADER_LEN]);
@@ -278,7 +291,7 @@ impl Fuse {
                 piece(page + header as u64, request_len - header, false, whole);
             }
         }
-        if !slot.wants_reply {
+        if slot.expects == Expects::Nothing {
             return;
         }
         let cut = match self.shape {
@@ -326,10 +339,10 @@ impl Fuse {
             let op = slot.opcode;
             Err(FuseError::Protocol(format!("opcode {op}, unique {}: {what}", ticket.0)))
         };
-        if !slot.wants_reply {
-            if used.len != 0 {
-                return wrong(format!("{} bytes written for a FORGET", used.len));
-            }
+        if slot.expects == Expects::Nothing && used.len != 0 {
+            return wrong(format!("{} bytes written for a FORGET", used.len));
+        }
+        if slot.expects != Expects::Reply && used.len == 0 {
             return Ok(Reply { ticket, errno: 0, len: 0, used, slot });
         }
         let mut raw = [0; OUT_HEADER_LEN];
