@@ -43,7 +43,9 @@ fn every_waiter_of_a_hung_backend_ends_at_its_own_deadline() {
     let image = open("v6-zstd");
     let scripted = Arc::new(Scripted::new("v6-zstd", &image));
     let dir = tempfile::tempdir().unwrap();
-    let store = store(dir.path(), &runtime);
+    let mut config = StoreConfig::new(dir.path());
+    config.stall_timeout = Duration::from_secs(1);
+    let store = Store::new(config, runtime.handle().clone()).unwrap();
     let blob = open_blobs(&store, &image, &scripted).remove(0);
     let all = chunks(&image);
     let warm = all[0];
@@ -483,7 +485,9 @@ fn a_directory_that_hangs_leaves_the_blocking_pool_to_others() {
     // It answers again: every read goes on.
     let opened: Vec<_> = ids
         .iter()
-        .map(|id| fs::File::options().write(true).open(dir.path().join(id.as_str())).unwrap())
+        .map(|id| {
+            fs::File::options().read(true).write(true).open(dir.path().join(id.as_str())).unwrap()
+        })
         .collect();
     for size in sizes {
         runtime.block_on(size).unwrap().unwrap();
