@@ -6,7 +6,7 @@
 //! verify and write each unit as soon as its bytes have come ([`Unit::accept`]). Nobody who waits
 //! for a claim of another process holds bytes of the budget or a claim that somebody needs.
 
-use std::future::Future;
+use std::future::{Future, ready};
 use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -89,10 +89,10 @@ impl Blob {
                 biased;
                 done = slot.done() => Some(done),
                 () = &mut sleep, if late.is_none() => None,
-                () = std::future::ready(()), if late.is_some() => None,
+                () = ready(()), if late.is_some() => None,
             };
             results.push(match (done, &late) {
-                (Some(all), _) => all.get(member).cloned().unwrap_or_else(|| Ok(ChunkData::Cached)),
+                (Some(all), _) => all.get(member).cloned().unwrap_or(Ok(ChunkData::Cached)),
                 (None, Some(error)) => Err(error.clone()),
                 (None, None) => {
                     let error = Arc::new(self.give_up(chunk.index.0, timeout(started, &slot)));
