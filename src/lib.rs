@@ -7,4 +7,5 @@
 pub mod backend;
 pub mod blob;
 pub mod build;
+pub mod fuse;
 pub mod rafs;

@@ -1,0 +1,100 @@
+//! Files that appear under their name only when they are complete.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+use super::error::BuildError;
+
+/// A file in the directory of its final name, removed again if it is dropped before `commit`.
+pub struct Output {
+    file: NamedTempFile,
+    dir: PathBuf,
+}
+
+impl Output {
+    pub fn create(dir: &Path) -> Result<Output, BuildError> {
+        let file = tempfile::Builder::new()
+            .prefix(".rafs-")
+            .suffix(".tmp")
+            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
+            .tempfile_in(dir)
+            .map_err(|source| BuildError::Output { path: dir.to_owned(), source })?;
+        Ok(Output { file, dir: dir.to_owned() })
+    }
+
+    /// What a failed write says; the final name may not be known yet.
+    pub fn failed(&self, source: io::Error) -> BuildError {
+        BuildError::Output { path: self.dir.clone(), source }
+    }
+
+    /// Gives the file its name, in place of a regular file that has it.
+    pub fn commit(self, path: &Path) -> Result<(), BuildError> {
+        let fail = |source| BuildError::Output { path: path.to_owned(), source };
+        refuse_special(path).map_err(fail)?;
+        self.file.persist(path).map_err(|e| fail(e.error))?;
+        Ok(())
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.file.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// Refuses a name that something other than a regular file has: renaming over `/dev/null` would
+/// take it away from everyone else.
+fn refuse_special(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_file() => Ok(()),
+        Ok(_) => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "something that is not a regular file has this name",
+        )),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// The directory that holds `path`.
+pub fn parent_dir(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_appears_when_it_is_complete_and_replaces_only_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = || fs::read_dir(dir.path()).unwrap().count();
+        let path = dir.path().join("x");
+        let mut out = Output::create(dir.path()).unwrap();
+        out.write_all(b"half").unwrap();
+        assert!(!path.exists());
+        drop(out);
+        assert_eq!(names(), 0, "an unfinished file must not stay");
+
+        for content in [&b"one"[..], b"two"] {
+            let mut out = Output::create(dir.path()).unwrap();
+            out.write_all(content).unwrap();
+            out.commit(&path).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), content);
+        }
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+        Output::create(dir.path()).unwrap().commit(&path).unwrap_err();
+        assert_eq!(names(), 1);
+    }
+}
