@@ -55,10 +55,10 @@ fn every_waiter_of_a_hung_backend_ends_at_its_own_deadline() {
         scripted.set(mode.clone());
         let start = Instant::now();
         let cold = *all.last().unwrap();
-        let waiters: Vec<_> = (0..1000u64)
+        let waiters: Vec<_> = (0..1000usize)
             .map(|i| {
-                let deadline = start + Duration::from_millis(200 + i % 2 * 400);
-                let chunk = if i % 3 == 0 { all[1 + i as usize % (all.len() - 1)] } else { cold };
+                let deadline = start + Duration::from_millis(if i % 2 == 0 { 200 } else { 600 });
+                let chunk = if i % 3 == 0 { all[1 + i % (all.len() - 1)] } else { cold };
                 let wait = blob.fetch(vec![chunk], deadline);
                 runtime.spawn(async move {
                     let result = wait.await.remove(0);
@@ -357,7 +357,8 @@ fn forged(case: &str) -> (Bootstrap, Scripted) {
     let at = usize::try_from(image.chunk_table_offset()).unwrap();
     for (i, record) in image.chunk_records().iter().enumerate() {
         let start = usize::try_from(record.compressed_offset.get()).unwrap();
-        let chunk = &mut bytes[start..start + record.compressed_size.get() as usize];
+        let chunk =
+            &mut bytes[start..start + usize::try_from(record.compressed_size.get()).unwrap()];
         chunk[0] ^= 0xFF;
         let digest = blob.digester.digest(chunk);
         bootstrap[at + i * 80..at + i * 80 + 32].copy_from_slice(&digest);
