@@ -44,6 +44,16 @@ impl Compressor {
             .find(|&c| c as u32 == number)
     }
 
+    /// The name users know: that of the command line's options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Compressor::None => "none",
+            Compressor::Lz4Block => "lz4_block",
+            Compressor::Gzip => "gzip",
+            Compressor::Zstd => "zstd",
+        }
+    }
+
     /// The flag of the super block that names this compressor.
     pub fn image_flag(self) -> ImageFlags {
         match self {
@@ -111,6 +121,14 @@ impl Digester {
     /// `None` if the format gives `number` no meaning.
     pub fn from_number(number: u32) -> Option<Self> {
         [Digester::Blake3, Digester::Sha256].into_iter().find(|&d| d as u32 == number)
+    }
+
+    /// The name users know: that of the command line's options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Digester::Blake3 => "blake3",
+            Digester::Sha256 => "sha256",
+        }
     }
 
     /// The flag of the super block that names this digester.
