@@ -288,12 +288,7 @@ impl<S: Serve> Worker<S> {
             return;
         }
         self.jumped_from = None;
-        let returned = match beyond_old {
-            // Either it is back, or it jumped back a little and has come forward to here since.
-            0 => beyond_new > self.queue.size(),
-            _ => beyond_old <= self.queue.size() && beyond_old < beyond_new,
-        };
-        if returned {
+        if beyond_old <= self.queue.size() && beyond_old < beyond_new {
             self.queue.set_next_avail(old);
         }
     }
