@@ -12,6 +12,7 @@ use support::fuse_client::{Fuse, FuseError, Shape, Ticket};
 use support::hang_fs::{HangFs, Mode};
 use support::image::{Image, pattern};
 use support::memory::{Layout, MIB};
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
 const READ: usize = 64 << 10;
 
@@ -343,4 +344,86 @@ fn a_guest_reboots_on_the_same_connection() {
         check_read(&mut stage.fuse, node, 3, 100, READ);
         stage.nodes = stage.image.nodes(&mut stage.fuse).expect("lookups");
     }
+}
+
+#[test]
+fn handshakes_out_of_the_ordinary() {
+    let scratch = tempfile::tempdir().expect("a scratch directory");
+    let image = image(scratch.path());
+    let daemon = image.launch(scratch.path()).spawn().expect("a daemon");
+
+    // cloud-hypervisor restores a snapshot without asking for protocol features first.
+    let config = VmConfig { vmm: Vmm::CloudHypervisor, ..VmConfig::default() };
+    let mut vm = Vm::connect(&daemon.sock, config).expect("a connection");
+    vm.step(Step::SetOwner).expect("SET_OWNER");
+    vm.step(Step::GetFeatures).expect("GET_FEATURES");
+    vm.protocol = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    vm.step(Step::SetProtocolFeatures).expect("SET_PROTOCOL_FEATURES");
+    let asked = [Step::SetOwner, Step::GetFeatures, Step::GetProtocolFeatures];
+    let rest = vm.handshake().into_iter().filter(|s| !asked.contains(s));
+    for step in rest.filter(|s| *s != Step::SetProtocolFeatures).collect::<Vec<_>>() {
+        vm.step(step).expect("the rest of the handshake");
+    }
+    // Features once more, in the middle of everything.
+    vm.need_reply(false).expect("no message");
+    vm.step(Step::GetFeatures).expect("GET_FEATURES again");
+    use_all_queues(&mut vm, Shape::Linux);
+
+    // A message that nobody knows is refused by a nonzero answer, and the connection stays.
+    for code in [45u32, 46, 99, 1000, 1 << 30] {
+        vm.send_raw(code, 0x1 | 0x8, &[1, 2, 3, 4], &[]).expect("sent");
+        let (got, flags, body) = vm.recv_raw().expect("an answer");
+        assert_eq!((got, flags, body.len()), (code, 0x5, 8), "message {code}");
+        assert_ne!(body, [0; 8], "message {code} is not known");
+        vm.send_raw(code, 0x1, &[], &[]).expect("sent, no answer wanted");
+    }
+    // Messages that are known but wrong, too; those that are right are acknowledged by zero.
+    let state = |index: u32, num: u32| [index.to_le_bytes(), num.to_le_bytes()].concat();
+    for (code, body, works) in [
+        (FrontendReq::SET_VRING_NUM, state(70, 128), false),
+        (FrontendReq::SET_VRING_NUM, state(0, 100), false),
+        (FrontendReq::SET_VRING_NUM, state(0, 0), false),
+        (FrontendReq::SET_VRING_NUM, state(0, 65_536), false),
+        (FrontendReq::SET_VRING_BASE, state(0, 65_536), false),
+        (FrontendReq::SET_VRING_ENABLE, state(4000, 1), false),
+        (FrontendReq::SET_VRING_ENABLE, state(0, 1), true),
+        (FrontendReq::SET_FEATURES, u64::MAX.to_le_bytes().to_vec(), false),
+        (FrontendReq::SET_OWNER, Vec::new(), true),
+    ] {
+        let value = vm.ask_ack(code, &body).unwrap_or_else(|e| panic!("{code:?}, {body:?}: {e:#}"));
+        assert_eq!(value == 0, works, "{code:?}, {body:?}: {value}");
+    }
+    drop(vm);
+    let mut vm = daemon.boot(VmConfig::default()).expect("the next guest");
+    use_all_queues(&mut vm, Shape::Linux);
+}
+
+#[test]
+fn rings_without_eventfds_are_polled() {
+    let scratch = tempfile::tempdir().expect("a scratch directory");
+    let image = image(scratch.path());
+    let daemon = image.launch(scratch.path()).spawn().expect("a daemon");
+    let mut vm = Vm::connect(&daemon.sock, VmConfig::default()).expect("a connection");
+    for step in vm.handshake() {
+        match step {
+            // Bit 8: no descriptor comes with this message.
+            Step::Kick(q) | Step::Call(q) => {
+                let code = if matches!(step, Step::Kick(_)) {
+                    FrontendReq::SET_VRING_KICK
+                } else {
+                    FrontendReq::SET_VRING_CALL
+                };
+                let value = q as u64 | 0x100;
+                vm.send_raw(code.into(), 0x1, &value.to_le_bytes(), &[]).expect("sent");
+            }
+            step => vm.step(step).expect("the handshake"),
+        }
+    }
+    let mut fuse = vm.fuse(1);
+    fuse.busy_poll = true;
+    fuse.init().expect("INIT");
+    let node = fuse.resolve(b"/f0001").expect("a file");
+    check_read(&mut fuse, node, 1, 4321, READ);
 }

@@ -247,6 +247,31 @@ fn check_attr(node: &Node, attr: &Attr, diff: &mut Differences) {
     }
 }
 
+/// STATX says the same as GETATTR. A server need not know it: the guest then asks for attributes.
+fn check_statx(
+    fuse: &mut Fuse,
+    node: &Node,
+    nodeid: u64,
+    attr: &Attr,
+    diff: &mut Differences,
+) -> Result<()> {
+    let stat = match fuse.statx(nodeid) {
+        Ok(stat) => stat,
+        Err(FuseError::Errno(libc::ENOSYS)) => return Ok(()),
+        Err(error) => return Err(error).with_context(|| node.show()),
+    };
+    let basic = libc::STATX_BASIC_STATS;
+    diff.same(node, "STATX mask", stat.mask & basic, basic);
+    let got = (u32::from(stat.mode), stat.ino, stat.size, stat.blocks, stat.nlink);
+    diff.same(node, "STATX", got, (attr.mode, attr.ino, attr.size, attr.blocks, attr.nlink));
+    diff.same(node, "STATX owner", (stat.uid, stat.gid), (attr.uid, attr.gid));
+    let time = (stat.mtime.sec, stat.mtime.nsec);
+    diff.same(node, "STATX mtime", time, (attr.mtime.cast_signed(), attr.mtimensec));
+    let rdev = (stat.rdev_major, stat.rdev_minor);
+    diff.same(node, "STATX rdev", rdev, node.rdev.unwrap_or((0, 0)));
+    Ok(())
+}
+
 /// How to look at an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
@@ -269,6 +294,7 @@ pub fn check(fuse: &mut Fuse, tree: &Tree, how: How, step: usize) -> Result<Diff
     for (path, (nodeid, attr)) in &found {
         let node = &tree.nodes[path];
         check_attr(node, attr, &mut diff);
+        check_statx(fuse, node, *nodeid, attr, &mut diff)?;
         check_xattrs(fuse, node, *nodeid, any_xattrs, &mut diff)?;
         if let Some(target) = &node.target {
             let got = fuse.readlink(*nodeid).with_context(|| node.show())?;
@@ -440,6 +466,7 @@ fn check_content(
     diff.same(node, "length of content", all.len() as u64, node.size.context("size")?);
     let digest = hex::encode(Sha256::digest(&all));
     diff.same(node, "sha256 of content", Some(digest), node.sha256.clone());
+    check_holes(fuse, node, nodeid, &all, diff)?;
     // Odd places: across chunk and block borders, up to and past the end.
     for _ in 0..3 {
         let offset = rng.below(all.len() as u64 + 2);
@@ -449,6 +476,46 @@ fn check_content(
         let to = (from + len).min(all.len());
         if got != all[from..to] {
             diff.note(node, format!("read of {len} bytes at {offset} differs"));
+        }
+    }
+    Ok(())
+}
+
+/// Holes and data take turns from the start of a file to its end, and holes are zeros.
+fn check_holes(
+    fuse: &mut Fuse,
+    node: &Node,
+    nodeid: u64,
+    all: &[u8],
+    diff: &mut Differences,
+) -> Result<()> {
+    let size = all.len() as u64;
+    let mut at = 0;
+    while at < size {
+        let data = match fuse.lseek(nodeid, at, libc::SEEK_DATA) {
+            Ok(data) => data,
+            Err(FuseError::Errno(libc::ENXIO)) => size,
+            Err(FuseError::Errno(libc::ENOSYS)) => return Ok(()),
+            Err(error) => return Err(error).with_context(|| node.show()),
+        };
+        if data < at || data > size || all[to_usize(at)..to_usize(data)].iter().any(|&b| b != 0) {
+            diff.note(node, format!("SEEK_DATA from {at} says {data}"));
+            return Ok(());
+        }
+        if data == size {
+            break;
+        }
+        let hole = fuse.lseek(nodeid, data, libc::SEEK_HOLE).with_context(|| node.show())?;
+        if hole <= data || hole > size {
+            diff.note(node, format!("SEEK_HOLE from {data} says {hole}"));
+            return Ok(());
+        }
+        at = hole;
+    }
+    for whence in [libc::SEEK_DATA, libc::SEEK_HOLE] {
+        match fuse.lseek(nodeid, size, whence) {
+            Err(FuseError::Errno(libc::ENXIO | libc::ENOSYS)) => {}
+            other => diff.note(node, format!("LSEEK {whence} from the end: {other:?}")),
         }
     }
     Ok(())
