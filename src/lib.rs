@@ -4,5 +4,8 @@
 //! `device` (virtqueues), `fuse` (operations), `rafs` (the format), `blob` (the chunks),
 //! `backend` (the bytes). `build` is the image tool, `daemon` wires the rest together.
 
+pub mod backend;
+pub mod blob;
 pub mod build;
+pub mod fuse;
 pub mod rafs;

@@ -1,0 +1,794 @@
+//! Making chunks readable: from the cache file if they are there, else from the backend.
+//!
+//! A chunk goes through these steps, each of which leaves out what is done already:
+//! [`Blob::fetch`] enlists it (one flight for all who want it) → [`look`] in the chunk map → verify
+//! what is there, claim what is not → look again → [`download`] in merged requests → decompress,
+//! verify and write each unit as soon as its bytes have come ([`Unit::accept`]). Nobody who waits
+//! for a claim of another process holds bytes of the budget or a claim that somebody needs.
+
+use std::future::Future;
+use std::ops::Range;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::cache_file::{CacheFiles, Geometry};
+use super::claim::Claim;
+use super::counters::add;
+use super::error::{ChunkError, ChunkFailure, chain};
+use super::flight::{Slot, within};
+use super::plan;
+use super::store::{Blob, ChunkData, ChunkRef, Store};
+use super::table::Table;
+use super::unit::{Bad, Cached, ChunkResult, Keep, Unit, UnitSlot};
+use crate::backend::{BackendError, ByteStream};
+
+/// A download that nobody waits for any more goes on as long as bytes keep coming at least this
+/// often, and at most for [`MAX_LINGER`].
+const STALL: Duration = Duration::from_secs(3);
+const MAX_LINGER: Duration = Duration::from_secs(60);
+/// Pause before the first repetition of a request that failed; doubles up to [`MAX_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+/// How often opening the cache files is tried on a full or broken disk, in milliseconds.
+const CACHE_RETRY_MS: u64 = 1000;
+
+impl Blob {
+    /// Makes chunks readable: joins downloads on their way, starts the missing ones, verifies.
+    /// Results are in the order of `chunks`; each is there by `deadline`, with an error if need be.
+    ///
+    /// May be polled anywhere. Dropping it gives up waiting; a download goes on while its bytes
+    /// keep coming. Until it is polled nothing happens.
+    pub fn fetch(
+        self: &Arc<Self>,
+        chunks: Vec<ChunkRef>,
+        deadline: Instant,
+    ) -> impl Future<Output = Vec<Result<ChunkData, Arc<ChunkError>>>> + Send + 'static {
+        let blob = self.clone();
+        async move { blob.fetch_chunks(&chunks, deadline).await }
+    }
+
+    async fn fetch_chunks(
+        self: Arc<Self>,
+        chunks: &[ChunkRef],
+        deadline: Instant,
+    ) -> Vec<ChunkResult> {
+        let started = Instant::now();
+        let Some(first) = chunks.first() else { return Vec::new() };
+        let indexes: Vec<_> = chunks.iter().map(|chunk| chunk.index).collect();
+        // Twice: only the table tells whether digests must be looked for in the blob itself.
+        for _ in 0..2 {
+            let Some(slot) = self.load_table(&indexes, deadline) else { break };
+            let loaded = within(&self.store, || deadline, slot.done()).await;
+            if let Err(failure) = loaded.unwrap_or_else(|| Err(timeout(started, &slot))) {
+                let error = Arc::new(self.give_up(first.index.0, failure));
+                return chunks.iter().map(|_| Err(error.clone())).collect();
+            }
+        }
+        let Some(table) = self.table.get() else {
+            let error = Arc::new(self.give_up(first.index.0, ChunkFailure::Abandoned));
+            return chunks.iter().map(|_| Err(error.clone())).collect();
+        };
+        let mut sleep = pin!(self.store.sleep_until(deadline));
+        let mut late: Option<Arc<ChunkError>> = None;
+        let mut results = Vec::with_capacity(chunks.len());
+        for (chunk, want) in chunks.iter().zip(self.enlist(table, chunks, deadline)) {
+            let (slot, member) = match want {
+                Want::Known(result) => {
+                    results.push(result);
+                    continue;
+                }
+                Want::Flight(slot, member) => (slot, member),
+            };
+            let done = tokio::select! {
+                biased;
+                done = slot.done() => Some(done),
+                () = &mut sleep, if late.is_none() => None,
+                () = std::future::ready(()), if late.is_some() => None,
+            };
+            results.push(match (done, &late) {
+                (Some(all), _) => all.get(member).cloned().unwrap_or_else(|| Ok(ChunkData::Cached)),
+                (None, Some(error)) => Err(error.clone()),
+                (None, None) => {
+                    let error = Arc::new(self.give_up(chunk.index.0, timeout(started, &slot)));
+                    late = Some(error.clone());
+                    Err(error)
+                }
+            });
+        }
+        results
+    }
+
+    /// Finds or starts the flight of each chunk.
+    fn enlist(
+        self: &Arc<Self>,
+        table: &Table,
+        chunks: &[ChunkRef],
+        deadline: Instant,
+    ) -> Vec<Want> {
+        let mut wants = Vec::with_capacity(chunks.len());
+        let mut units = Vec::new();
+        for chunk in chunks {
+            let info = table.infos.get(chunk.index);
+            let (Some(info), Some(members)) = (info, table.infos.unit(chunk.index)) else {
+                wants.push(self.contradiction(chunk, format!("{} chunks", table.infos.len())));
+                continue;
+            };
+            if !chunk.agrees(&info) {
+                let have =
+                    format!("byte {}, {} bytes", info.uncompressed_offset, info.uncompressed_size);
+                wants.push(self.contradiction(chunk, have));
+                continue;
+            }
+            let member = usize::try_from(chunk.index.0 - members.start).expect("24 bits");
+            let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+            if self.verified.get(chunk.index.0) {
+                wants.push(Want::Known(Ok(ChunkData::Cached)));
+                continue;
+            }
+            let slot = match flights.get(&members.start) {
+                Some(slot) => {
+                    slot.extend(deadline);
+                    add(&self.store.counters.joined_fetches_total, 1);
+                    slot.clone()
+                }
+                None => {
+                    let slot = Arc::new(UnitSlot::new(self.store.epoch, deadline));
+                    flights.insert(members.start, slot.clone());
+                    drop(flights); // making a unit of a large batch takes a moment
+                    units.push(Unit::new(self.clone(), slot.clone(), members));
+                    slot
+                }
+            };
+            wants.push(Want::Flight(slot, member));
+        }
+        units.sort_by_key(|unit| unit.chunks.start);
+        start(self, units);
+        wants
+    }
+
+    fn contradiction(&self, chunk: &ChunkRef, have: String) -> Want {
+        let said = format!("block {}, {} bytes", chunk.start_block, chunk.size);
+        let failure = ChunkFailure::Contradiction { said, have };
+        Want::Known(Err(Arc::new(self.give_up(chunk.index.0, failure))))
+    }
+
+    /// Makes the error of a failed read and logs it under its id.
+    fn give_up(&self, index: u32, failure: ChunkFailure) -> ChunkError {
+        if matches!(failure, ChunkFailure::Timeout { .. }) {
+            add(&self.store.counters.timeouts_total, 1);
+        }
+        let error = self.error(index, failure);
+        log::error!("{}", chain(&error));
+        error
+    }
+
+    /// Runs `work` on the blocking pool, after others if all workers are busy.
+    pub(super) async fn on_worker<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ChunkFailure> {
+        let permit = self.store.workers.clone().acquire_owned().await;
+        let permit = permit.map_err(|_| ChunkFailure::Abandoned)?;
+        let job = self.store.runtime.spawn_blocking(move || {
+            let result = work();
+            drop(permit);
+            result
+        });
+        job.await.map_err(|_| ChunkFailure::Abandoned)
+    }
+
+    /// The cache files, opened now if need be and possible. Does I/O.
+    pub(super) fn cache_files(&self) -> Option<&CacheFiles> {
+        if let Some(cache) = self.cache.get() {
+            return Some(cache);
+        }
+        let now = u64::try_from(self.store.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let again = self.cache_retry.load(Ordering::Relaxed);
+        let next = now.saturating_add(CACHE_RETRY_MS);
+        let relaxed = Ordering::Relaxed;
+        if now < again || self.cache_retry.compare_exchange(again, next, relaxed, relaxed).is_err()
+        {
+            return self.cache.get(); // another thread is at it, or has just failed
+        }
+        let (dir, table) = (self.store.dir()?, self.table.get()?);
+        let geometry = Geometry {
+            blob: &self.info.id,
+            chunk_count: table.infos.len(),
+            uncompressed_size: self.info.uncompressed_size,
+            layout: table.layout,
+        };
+        let opened = match table.shareable() {
+            true => CacheFiles::open(dir, &geometry),
+            false => CacheFiles::private(dir, &geometry),
+        };
+        match opened {
+            Ok(cache) => drop(self.cache.set(cache)),
+            Err(e) => self.store.write_failed(&self.info.id, &e),
+        }
+        self.cache.get()
+    }
+}
+
+/// What a reader of one chunk gets.
+enum Want {
+    Known(ChunkResult),
+    /// The flight of its unit, and its place in the unit.
+    Flight(Arc<UnitSlot>, usize),
+}
+
+fn timeout<R: Clone>(started: Instant, slot: &Slot<R>) -> ChunkFailure {
+    ChunkFailure::Timeout { waited: started.elapsed(), last: slot.last_error() }
+}
+
+/// Fails `units` with one error, which is logged once.
+fn fail(units: Vec<Unit>, failure: ChunkFailure) {
+    if let Some(first) = units.first() {
+        let error = Arc::new(first.blob.give_up(first.chunks.start, failure));
+        units.into_iter().for_each(|unit| unit.fail(&error));
+    }
+}
+
+/// Starts the task that makes `units` of `blob`, in the order of their chunks, readable.
+fn start(blob: &Arc<Blob>, units: Vec<Unit>) {
+    if !units.is_empty() {
+        let task: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(run(blob.clone(), units));
+        blob.store.runtime.spawn(task);
+    }
+}
+
+async fn run(blob: Arc<Blob>, units: Vec<Unit>) {
+    let looker = blob.clone();
+    if let Ok(found) = blob.on_worker(move || look(&looker, units)).await {
+        proceed(&blob, found);
+    } // else the units were dropped, which has failed their waiters
+}
+
+fn proceed(blob: &Arc<Blob>, found: Found) {
+    for unit in found.ready {
+        let task = verify(blob.clone(), unit);
+        blob.store.runtime.spawn(task);
+    }
+    let missing = found.missing.iter().map(|unit| unit.chunks.len() as u64).sum();
+    add(&blob.store.counters.cache_misses_total, missing);
+    start_downloads(blob, found.missing);
+    for units in runs(found.elsewhere, |units| {
+        let mut lens: Vec<usize> = Vec::new();
+        for (i, unit) in units.iter().enumerate() {
+            match lens.last_mut() {
+                Some(len) if units[i - 1].chunks.end == unit.chunks.start => *len += 1,
+                _ => lens.push(1),
+            }
+        }
+        lens
+    }) {
+        blob.store.runtime.spawn(wait_for_claim(blob.clone(), units));
+    }
+}
+
+/// Cuts `units` into runs of the lengths that `cut` gives.
+fn runs(mut units: Vec<Unit>, cut: impl Fn(&[Unit]) -> Vec<usize>) -> Vec<Vec<Unit>> {
+    let lens = cut(&units);
+    let mut units = units.drain(..);
+    lens.into_iter().map(|len| units.by_ref().take(len).collect()).collect()
+}
+
+/// Where units are, as far as the chunk map and claims tell.
+#[derive(Default)]
+struct Found {
+    /// Marked as being in the cache file.
+    ready: Vec<Unit>,
+    /// For us to download.
+    missing: Vec<Unit>,
+    /// Being downloaded by another process.
+    elsewhere: Vec<Unit>,
+}
+
+/// Sorts units by where they are, and claims those that are nowhere. Runs on the blocking pool.
+fn look(blob: &Blob, units: Vec<Unit>) -> Found {
+    let mut found = Found::default();
+    let cache = blob.cache_files();
+    let mut wanted: Vec<Unit> = Vec::new();
+    for mut unit in units {
+        match cache {
+            None => found.missing.push(unit),
+            Some(CacheFiles { map: None, .. }) => {
+                unit.keep = Keep::Private;
+                found.missing.push(unit);
+            }
+            Some(CacheFiles { map: Some(map), writable, .. }) => {
+                match unit.marked_ready(map) {
+                    Ok(true) if !unit.suspect => found.ready.push(unit),
+                    Ok(_) if *writable => wanted.push(unit),
+                    _ => found.missing.push(unit), // and not kept
+                }
+            }
+        }
+    }
+    let Some(CacheFiles { map: Some(map), .. }) = cache else { return found };
+    for units in runs(wanted, |units| {
+        // All at once if they are adjacent, which they mostly are.
+        let adjacent = units.windows(2).all(|pair| pair[0].chunks.end == pair[1].chunks.start);
+        if adjacent && !units.is_empty() { vec![units.len()] } else { vec![1; units.len()] }
+    }) {
+        claim(map, units, &mut found);
+    }
+    found
+}
+
+/// Claims adjacent units, one by one if another process has some of them.
+fn claim(map: &super::cache_file::ChunkMap, units: Vec<Unit>, found: &mut Found) {
+    let (Some(first), Some(last)) = (units.first(), units.last()) else { return };
+    let (file, range) = map.lock_range(&(first.chunks.start..last.chunks.end));
+    match Claim::try_take(file, range) {
+        Ok(Some(claim)) => claimed(claim, units, found),
+        Ok(None) if units.len() > 1 => {
+            for unit in units {
+                claim(map, vec![unit], found);
+            }
+        }
+        Ok(None) => found.elsewhere.extend(units),
+        Err(e) => {
+            log::warn!("blob {}: cannot lock the chunk map: {e}", first.blob.info.id);
+            found.missing.extend(units); // and not kept
+        }
+    }
+}
+
+/// Hands each unit its part of the claim. What another process has finished meanwhile is ready.
+fn claimed(mut claim: Claim, units: Vec<Unit>, found: &mut Found) {
+    for mut unit in units {
+        let blob = unit.blob.clone();
+        let Some(CacheFiles { map: Some(map), data, .. }) = blob.cache.get() else { continue };
+        let (_, range) = map.lock_range(&unit.chunks);
+        unit.keep = Keep::Claimed(claim.split_before(range.end));
+        match unit.marked_ready(map) {
+            Ok(true) => match unit.verify_cached(data, map) {
+                Cached::Right => (),
+                Cached::Wrong => found.missing.push(unit),
+                Cached::Foreign => found.missing.push(foreign(unit)),
+            },
+            _ => found.missing.push(unit),
+        }
+    }
+}
+
+/// The place of the unit in the cache file is taken by the bytes of another image.
+fn foreign(mut unit: Unit) -> Unit {
+    unit.keep = Keep::Nowhere;
+    if !unit.blob.said_conflict.swap(true, Ordering::Relaxed) {
+        log::warn!(
+            "blob {}: another image on this host has other digests for its chunks (first {}); \
+             they are served without caching",
+            unit.blob.info.id,
+            unit.chunks.start
+        );
+    }
+    unit
+}
+
+/// Verifies a unit that is marked ready; starts over, with a claim, if it is not right.
+async fn verify(blob: Arc<Blob>, mut unit: Unit) {
+    let cache_of = blob.clone();
+    let left = blob.on_worker(move || {
+        let Some(CacheFiles { map: Some(map), data, .. }) = cache_of.cache.get() else {
+            return Some(unit);
+        };
+        match unit.verify_cached(data, map) {
+            Cached::Right => None,
+            Cached::Wrong | Cached::Foreign => {
+                unit.suspect = true;
+                Some(unit)
+            }
+        }
+    });
+    if let Ok(Some(unit)) = left.await {
+        start(&blob, vec![unit]);
+    }
+}
+
+/// Waits for another process to finish adjacent units, or to die.
+async fn wait_for_claim(blob: Arc<Blob>, units: Vec<Unit>) {
+    let Some(CacheFiles { map: Some(map), .. }) = blob.cache.get() else { return };
+    let (Some(first), Some(last)) = (units.first(), units.last()) else { return };
+    add(&blob.store.counters.claim_waits_total, 1);
+    let (file, range) = map.lock_range(&(first.chunks.start..last.chunks.end));
+    let wait = blob.store.waiters.wait(file.clone(), range);
+    let patience = units.iter().map(|unit| unit.slot.claim_patience()).max();
+    let patience = patience.unwrap_or_else(Instant::now);
+    match within(&blob.store, || patience, wait).await {
+        Some(Ok(claim)) => {
+            let work = move || {
+                let mut found = Found::default();
+                claimed(claim, units, &mut found);
+                found
+            };
+            if let Ok(found) = blob.on_worker(work).await {
+                proceed(&blob, found);
+            }
+        }
+        other => {
+            let reason = other.and_then(Result::err).map(|e| e.to_string());
+            log::warn!(
+                "blob {}: chunks {}..{}: fetched without caching, as another process keeps them \
+                 claimed{}",
+                blob.info.id,
+                first.chunks.start,
+                last.chunks.end,
+                reason.map(|e| format!(": {e}")).unwrap_or_default()
+            );
+            let found = Found { missing: units, ..Found::default() };
+            proceed(&blob, found);
+        }
+    }
+}
+
+/// Starts the downloads of `units`.
+fn start_downloads(blob: &Arc<Blob>, mut units: Vec<Unit>) {
+    units.sort_by_key(|unit| unit.stored.start);
+    for units in runs(units, |units| {
+        let pieces: Vec<_> = units.iter().map(Unit::piece).collect();
+        plan::requests(&pieces)
+    }) {
+        let task: Pin<Box<dyn Future<Output = ()> + Send>> =
+            Box::pin(download(blob.clone(), units));
+        blob.store.runtime.spawn(task);
+    }
+}
+
+/// Downloads units that one request covers, repeating what fails.
+async fn download(blob: Arc<Blob>, mut units: Vec<Unit>) {
+    let started = Instant::now();
+    let mut attempts = 0;
+    while !units.is_empty() {
+        attempts += 1;
+        let Transfer { pending, bad, failure } = transfer(&blob, units).await;
+        units = pending;
+        let fetched_twice = |unit: &Unit| unit.bad.is_some();
+        let mut again = Vec::new();
+        for (mut unit, reason) in bad {
+            if fetched_twice(&unit) {
+                fail(vec![unit], bad_bytes(&blob, reason));
+                continue;
+            }
+            log::warn!(
+                "blob {}: chunks {}..{}: {} from {}; fetching them again",
+                blob.info.id,
+                unit.chunks.start,
+                unit.chunks.end,
+                match &reason {
+                    Bad::Digest => "wrong digest".to_owned(),
+                    Bad::Codec(e) => chain(e),
+                },
+                blob.backend.name()
+            );
+            blob.backend.mistrust(&blob.info.id, unit.stored.clone());
+            unit.bad = Some(reason);
+            again.push(unit);
+        }
+        start_downloads(&blob, again);
+        let Some(failure) = failure else { continue };
+        let (Some(first), Some(last)) = (units.first(), units.last()) else { continue };
+        let range = first.stored.start..last.stored.end;
+        match failure {
+            Failure::Late => {
+                let failure = timeout(started, &first.slot);
+                return fail(units, failure);
+            }
+            Failure::Backend(error) => {
+                units.iter().for_each(|unit| unit.slot.failed_for_now(&error));
+                let until = || units.iter().map(|u| u.slot.until()).max();
+                if !blob.try_again(&error, attempts, || until().unwrap_or_else(Instant::now)).await
+                {
+                    return fail(units, fetch_failure(&blob, range, attempts, error));
+                }
+            }
+        }
+    }
+}
+
+fn bad_bytes(blob: &Blob, reason: Bad) -> ChunkFailure {
+    let backend = blob.backend.name().to_owned();
+    match reason {
+        Bad::Digest => ChunkFailure::DigestMismatch { backend },
+        Bad::Codec(e) => ChunkFailure::Codec { backend, source: Arc::new(e) },
+    }
+}
+
+fn fetch_failure(
+    blob: &Blob,
+    range: Range<u64>,
+    attempts: u32,
+    source: Arc<BackendError>,
+) -> ChunkFailure {
+    let backend = blob.backend.name().to_owned();
+    ChunkFailure::Fetch { start: range.start, end: range.end, backend, attempts, source }
+}
+
+/// How far a request came.
+struct Transfer {
+    /// Units whose bytes did not come.
+    pending: Vec<Unit>,
+    /// Units whose bytes were wrong.
+    bad: Vec<(Unit, Bad)>,
+    failure: Option<Failure>,
+}
+
+enum Failure {
+    Backend(Arc<BackendError>),
+    /// Nobody waits any more, and nothing comes.
+    Late,
+}
+
+/// How long a request may go on.
+struct Limit {
+    slots: Vec<Arc<UnitSlot>>,
+    epoch: Instant,
+    /// When bytes came last, in milliseconds since `epoch`; 0 = never.
+    progress_ms: AtomicU64,
+}
+
+impl Limit {
+    fn new(units: &[Unit], epoch: Instant) -> Self {
+        let slots = units.iter().map(|unit| unit.slot.clone()).collect();
+        Limit { slots, epoch, progress_ms: AtomicU64::new(0) }
+    }
+
+    fn progress(&self) {
+        let ms = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.progress_ms.store(ms, Ordering::Relaxed);
+    }
+
+    fn until(&self) -> Instant {
+        let wanted = self.slots.iter().map(|slot| slot.until()).max().unwrap_or(self.epoch);
+        match self.progress_ms.load(Ordering::Relaxed) {
+            0 => wanted,
+            ms => {
+                let stalled = self.epoch + Duration::from_millis(ms) + STALL;
+                wanted.max(stalled.min(wanted + MAX_LINGER))
+            }
+        }
+    }
+}
+
+/// Sends one request for `units`, which are in the order of their stored bytes, and handles each as
+/// its bytes come.
+async fn transfer(blob: &Arc<Blob>, units: Vec<Unit>) -> Transfer {
+    let mut result = Transfer { pending: Vec::new(), bad: Vec::new(), failure: None };
+    let limit = Limit::new(&units, blob.store.epoch);
+    let (Some(first), Some(last)) = (units.first(), units.last()) else { return result };
+    let range = first.stored.start..last.stored.end;
+    let mut units = units.into_iter();
+    let mut jobs = Vec::new();
+    let work = async {
+        let costs: u32 = units.as_slice().iter().map(cost).sum();
+        let mut budget = blob.store.reserve(costs).await.ok_or(Failure::Late)?;
+        let mut incoming = Incoming::open(blob, range).await?;
+        limit.progress();
+        while let Some(next) = units.as_slice().first() {
+            let bytes = incoming.take(blob, next.stored.clone(), &limit).await?;
+            let share = budget.split(usize::try_from(cost(next)).unwrap_or(usize::MAX));
+            let Ok(worker) = blob.store.workers.clone().acquire_owned().await else {
+                return Err(Failure::Late);
+            };
+            let Some(mut unit) = units.next() else { break };
+            jobs.push(blob.store.runtime.spawn_blocking(move || {
+                let bad = unit.accept(&bytes).err();
+                drop((bytes, worker, share));
+                bad.map(|bad| (unit, bad))
+            }));
+        }
+        Ok(())
+    };
+    result.failure = match within(&blob.store, || limit.until(), work).await {
+        None => Some(Failure::Late),
+        Some(Err(failure)) => Some(failure),
+        Some(Ok(())) => None,
+    };
+    for job in jobs {
+        if let Ok(Some(bad)) = job.await {
+            result.bad.push(bad);
+        }
+    }
+    result.pending.extend(units);
+    result
+}
+
+/// What a unit takes of the budget, in KiB: both its forms.
+fn cost(unit: &Unit) -> u32 {
+    let bytes = (unit.stored.end - unit.stored.start) + unit.uncompressed;
+    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
+}
+
+impl Store {
+    /// Waits for a share of the byte budget: `kib` of it, or all of it if it is smaller.
+    async fn reserve(&self, kib: u32) -> Option<Budget> {
+        let whole = u32::try_from(self.config.in_flight_bytes / 1024).unwrap_or(u32::MAX).max(1);
+        let permits = self.budget.clone().acquire_many_owned(kib.min(whole)).await.ok()?;
+        Some(Budget { permits })
+    }
+}
+
+/// A share of the byte budget, given back when dropped.
+struct Budget {
+    permits: OwnedSemaphorePermit,
+}
+
+impl Budget {
+    fn split(&mut self, kib: usize) -> Option<OwnedSemaphorePermit> {
+        self.permits.split(kib.min(self.permits.num_permits()))
+    }
+}
+
+/// The bytes of a request as they come.
+struct Incoming {
+    stream: ByteStream,
+    /// Came, but not taken yet.
+    buffer: Bytes,
+    /// Place of `buffer` in the blob file.
+    position: u64,
+    end: u64,
+}
+
+impl Incoming {
+    async fn open(blob: &Blob, range: Range<u64>) -> Result<Incoming, Failure> {
+        add(&blob.store.counters.fetch_requests_total, 1);
+        let opened = blob.backend.read(&blob.info.id, range.clone()).await;
+        let stream = opened.map_err(|e| blob.backend_failed(e))?;
+        Ok(Incoming { stream, buffer: Bytes::new(), position: range.start, end: range.end })
+    }
+
+    /// The bytes `range`, which begins at or behind the end of what was taken before. Copies only
+    /// what came in pieces.
+    async fn take(
+        &mut self,
+        blob: &Blob,
+        range: Range<u64>,
+        limit: &Limit,
+    ) -> Result<Bytes, Failure> {
+        let len = usize::try_from(range.end - range.start).expect("at most 16 MiB");
+        let mut collected: Vec<u8> = Vec::new();
+        loop {
+            // Drop what nobody asked for.
+            let skip = range.start.saturating_sub(self.position).min(self.buffer.len() as u64);
+            drop(self.buffer.split_to(usize::try_from(skip).expect("at most the buffer")));
+            self.position += skip;
+            if self.position >= range.start {
+                let want = (len - collected.len()).min(self.buffer.len());
+                self.position += want as u64;
+                let piece = self.buffer.split_to(want);
+                if collected.is_empty() && want == len {
+                    return Ok(piece);
+                }
+                if collected.capacity() == 0 {
+                    collected.reserve_exact(len);
+                }
+                collected.extend_from_slice(&piece);
+                if collected.len() == len {
+                    return Ok(collected.into());
+                }
+            }
+            match self.stream.next().await {
+                Some(Ok(bytes)) => {
+                    if !bytes.is_empty() {
+                        limit.progress();
+                        blob.backend_works();
+                    }
+                    add(&blob.store.counters.fetched_bytes_total, bytes.len() as u64);
+                    self.buffer = bytes;
+                }
+                Some(Err(e)) => return Err(blob.backend_failed(e)),
+                None => {
+                    return Err(blob.backend_failed(BackendError::ShortRead {
+                        source_name: blob.backend.name().to_owned(),
+                        got: self.position,
+                        want: self.end,
+                    }));
+                }
+            }
+        }
+    }
+}
+
+impl Blob {
+    fn backend_failed(&self, error: BackendError) -> Failure {
+        self.store.counters.count_backend_error(&error);
+        if !self.backend_down.swap(true, Ordering::Relaxed) {
+            log::warn!("blob {}: {}", self.info.id, chain(&error));
+        }
+        Failure::Backend(Arc::new(error))
+    }
+
+    fn backend_works(&self) {
+        if self.backend_down.load(Ordering::Relaxed)
+            && self.backend_down.swap(false, Ordering::Relaxed)
+        {
+            log::info!("blob {}: {} answers again", self.info.id, self.backend.name());
+        }
+    }
+
+    /// Pauses before the next attempt; false if it is no use, or too late.
+    async fn try_again(
+        &self,
+        error: &BackendError,
+        attempts: u32,
+        until: impl Fn() -> Instant,
+    ) -> bool {
+        if !error.retryable() {
+            return false;
+        }
+        let pause =
+            (FIRST_PAUSE * 2u32.saturating_pow(attempts.saturating_sub(1).min(16))).min(MAX_PAUSE);
+        let end = Instant::now() + jittered(pause);
+        if end >= until() {
+            return false;
+        }
+        self.store.sleep_until(end).await;
+        true
+    }
+
+    /// Fetches `range` of the blob file whole, repeating what fails while somebody waits.
+    pub(super) async fn read_all<R: Clone>(
+        &self,
+        range: Range<u64>,
+        slot: &Slot<R>,
+    ) -> Result<Vec<u8>, ChunkFailure> {
+        self.attempt(slot, range.clone(), || async {
+            let mut incoming = Incoming::open(self, range.clone()).await?;
+            let len = usize::try_from(range.end - range.start).unwrap_or(0);
+            let mut bytes = Vec::with_capacity(len.min(16 << 20));
+            let limit = Limit::new(&[], self.store.epoch);
+            while bytes.len() < len {
+                let at = range.start + bytes.len() as u64;
+                let piece = at..range.end.min(at + (1 << 20));
+                bytes.extend_from_slice(&incoming.take(self, piece, &limit).await?);
+            }
+            Ok(bytes)
+        })
+        .await
+    }
+
+    /// Bytes of the whole blob file.
+    pub(super) async fn blob_size<R: Clone>(&self, slot: &Slot<R>) -> Result<u64, ChunkFailure> {
+        self.attempt(slot, 0..0, || async {
+            add(&self.store.counters.fetch_requests_total, 1);
+            self.backend.size(&self.info.id).await.map_err(|e| self.backend_failed(e))
+        })
+        .await
+    }
+
+    async fn attempt<T, R: Clone, F: Future<Output = Result<T, Failure>>>(
+        &self,
+        slot: &Slot<R>,
+        range: Range<u64>,
+        work: impl Fn() -> F,
+    ) -> Result<T, ChunkFailure> {
+        let started = Instant::now();
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let error = match within(&self.store, || slot.until(), work()).await {
+                Some(Ok(done)) => return Ok(done),
+                Some(Err(Failure::Backend(error))) => error,
+                None | Some(Err(Failure::Late)) => return Err(timeout(started, slot)),
+            };
+            slot.failed_for_now(&error);
+            if !self.try_again(&error, attempts, || slot.until()).await {
+                return Err(fetch_failure(self, range, attempts, error));
+            }
+        }
+    }
+}
+
+/// Half to one and a half of `pause`, so that those who failed together do not come back together.
+fn jittered(pause: Duration) -> Duration {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let random = RandomState::new().build_hasher().finish() % 1024;
+    let random = u32::try_from(random).unwrap_or(512);
+    pause / 2 + pause * random / 1024
+}

@@ -1,0 +1,298 @@
+//! The store of one daemon, and a blob as one image sees it.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+
+use super::cache_file::{CacheDir, CacheFiles, DirError};
+use super::claim::Waiters;
+use super::counters::Counters;
+use super::error::StoreError;
+use super::readiness::Bitmap;
+use super::table::{Table, TableSlot};
+use super::unit::UnitSlot;
+use crate::backend::Backend;
+use crate::rafs::ci::ChunkInfo;
+use crate::rafs::id::{BlobId, BlobIndex, ChunkIndex};
+use crate::rafs::layout::BLOCK_SIZE;
+use crate::rafs::{BlobInfo, Bootstrap};
+
+/// How a [`Store`] works. [`StoreConfig::new`] gives the defaults.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// The cache's files go to the directory `rafsd` below this one (config `work_dir`).
+    pub cache_dir: PathBuf,
+    /// How long a reader should wait for a chunk: [`Store::deadline`] is this far away.
+    pub read_timeout: Duration,
+    /// Most bytes of chunks, stored and uncompressed, that are on their way at once. A single
+    /// larger chunk is let through alone.
+    pub in_flight_bytes: u64,
+    /// Chunks decompressed, verified or written at once.
+    pub workers: usize,
+}
+
+impl StoreConfig {
+    /// 30 s, 64 MiB, two workers for each processor.
+    pub fn new(cache_dir: impl Into<PathBuf>) -> Self {
+        let processors = std::thread::available_parallelism().map_or(2, usize::from);
+        StoreConfig {
+            cache_dir: cache_dir.into(),
+            read_timeout: Duration::from_secs(30),
+            in_flight_bytes: 64 << 20,
+            workers: (2 * processors).clamp(4, 64),
+        }
+    }
+}
+
+/// The cache of one daemon: its directory, its budgets, its counters.
+pub struct Store {
+    pub(super) config: StoreConfig,
+    pub(super) runtime: Handle,
+    pub(super) counters: Counters,
+    /// The cache directory; empty as long as it cannot be made on a full or read-only disk.
+    dir: OnceLock<CacheDir>,
+    /// Start of the clock that deadlines are kept in.
+    pub(super) epoch: Instant,
+    /// One permit for each KiB of `in_flight_bytes`.
+    pub(super) budget: Arc<Semaphore>,
+    pub(super) workers: Arc<Semaphore>,
+    pub(super) waiters: Waiters,
+    /// Buffers for decompression, kept to spare their pages being cleared again.
+    pub(super) buffers: Mutex<Vec<Vec<u8>>>,
+    next_error_id: AtomicU64,
+    /// Whether the last write to the cache failed.
+    pub(super) degraded: AtomicBool,
+    /// Chunk data of each blob opened so far, in bytes.
+    opened_bytes: Mutex<HashMap<BlobId, u64>>,
+    /// What [`Blob::cache_file`] gives before there is one.
+    no_file: OwnedFd,
+}
+
+impl Store {
+    /// Makes or opens the cache directory.
+    ///
+    /// On a full or read-only disk the store works without a cache and says so in the log.
+    ///
+    /// # Errors
+    ///
+    /// If the directory cannot be used, or belongs to or is writable for someone else.
+    pub fn new(config: StoreConfig, runtime: Handle) -> Result<Arc<Store>, StoreError> {
+        let cache_error = |source| StoreError::CacheDir { path: config.cache_dir.clone(), source };
+        let no_file = rustix::fs::memfd_create("no-cache", rustix::fs::MemfdFlags::CLOEXEC)
+            .map_err(|e| cache_error(e.into()))?;
+        let dir = OnceLock::new();
+        match CacheDir::open(&config.cache_dir) {
+            Ok(found) => drop(dir.set(found)),
+            Err(DirError::NoRoom(e)) => log::warn!(
+                "cache {}: {e}; chunks are served without caching",
+                config.cache_dir.display()
+            ),
+            Err(DirError::Unsafe { path, reason }) => {
+                return Err(StoreError::UnsafeCacheDir { path, reason });
+            }
+            Err(DirError::Io(e)) => return Err(cache_error(e)),
+        }
+        let permits = usize::try_from(config.in_flight_bytes / 1024).unwrap_or(usize::MAX);
+        Ok(Arc::new(Store {
+            budget: Arc::new(Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS))),
+            workers: Arc::new(Semaphore::new(config.workers.max(1))),
+            waiters: Waiters::default(),
+            buffers: Mutex::default(),
+            counters: Counters::default(),
+            dir,
+            epoch: Instant::now(),
+            next_error_id: AtomicU64::new(1),
+            degraded: AtomicBool::new(false),
+            opened_bytes: Mutex::default(),
+            no_file,
+            runtime,
+            config,
+        }))
+    }
+
+    /// Blob `index` of `image`, whose bytes come from `backend`. Does no I/O: the context table is
+    /// loaded with the first chunk.
+    ///
+    /// # Errors
+    ///
+    /// If the image has no such blob.
+    pub fn open_blob(
+        self: &Arc<Self>,
+        image: &Bootstrap,
+        index: BlobIndex,
+        backend: Arc<dyn Backend>,
+    ) -> Result<Arc<Blob>, StoreError> {
+        let count = image.blobs().len();
+        let info = image
+            .blobs()
+            .get(usize::from(index.0))
+            .ok_or(StoreError::NoSuchBlob { index, count })?
+            .clone();
+        let mut opened = self.opened_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        opened.insert(info.id, info.data_end);
+        drop(opened);
+        Ok(Arc::new(Blob {
+            store: self.clone(),
+            image: image.clone(),
+            verified: Bitmap::new(info.chunk_count),
+            info,
+            backend,
+            table: OnceLock::new(),
+            cache: OnceLock::new(),
+            cache_retry: AtomicU64::new(0),
+            flights: Mutex::default(),
+            loading: Mutex::default(),
+            backend_down: AtomicBool::new(false),
+            said_conflict: AtomicBool::new(false),
+        }))
+    }
+
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// When a read that starts now should give up.
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.config.read_timeout
+    }
+
+    /// Bytes fetched so far, tables and repeated fetches included, and bytes of chunk data in all
+    /// blobs opened so far: `fetched N of M bytes`.
+    pub fn fetched(&self) -> (u64, u64) {
+        let opened = self.opened_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.counters.fetched_bytes_total.load(Ordering::Relaxed), opened.values().sum())
+    }
+
+    pub(super) fn error_id(&self) -> u64 {
+        self.next_error_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The cache directory; tries again to make it if it could not be made before. Does I/O.
+    pub(super) fn dir(&self) -> Option<&CacheDir> {
+        if self.dir.get().is_none()
+            && let Ok(found) = CacheDir::open(&self.config.cache_dir)
+        {
+            drop(self.dir.set(found)); // of two that were opened at once one is as good
+        }
+        self.dir.get()
+    }
+}
+
+/// What a reader wants of one chunk, as the inode describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkRef {
+    pub index: ChunkIndex,
+    /// Start of the chunk in the uncompressed blob, in blocks of 4096 bytes.
+    pub start_block: u32,
+    /// Bytes of the chunk that belong to the file: all of them.
+    pub size: u32,
+}
+
+impl ChunkRef {
+    /// Does the context table say the same about the chunk as the inode?
+    pub(super) fn agrees(&self, info: &ChunkInfo) -> bool {
+        info.uncompressed_offset == u64::from(self.start_block) * BLOCK_SIZE
+            && info.uncompressed_size == self.size
+    }
+}
+
+/// How a fetched chunk can be read.
+#[derive(Clone, Debug)]
+pub enum ChunkData {
+    /// From the cache file: [`Blob::verified`] gives the place.
+    Cached,
+    /// From here: the cache could not take it.
+    Memory(Arc<[u8]>),
+}
+
+/// What the chunks of a blob are compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DigestSource {
+    /// Digests of the chunk table in the bootstrap.
+    ChunkTable,
+    /// Digests of the blob's own `blob.digest` section.
+    BlobDigest,
+    /// Only the CRC-32C of the context table: finds accidents, not intent.
+    Crc32c,
+    /// Nothing: the image has neither digests nor checksums.
+    Nothing,
+}
+
+/// One blob as one image sees it. Two images with the same blob have two of these; they share the
+/// cache's files, and each believes only its own digests.
+pub struct Blob {
+    pub(super) store: Arc<Store>,
+    pub(super) image: Bootstrap,
+    pub(super) info: BlobInfo,
+    pub(super) backend: Arc<dyn Backend>,
+    /// Chunks whose bytes in the cache file this process has verified.
+    pub(super) verified: Bitmap,
+    pub(super) table: OnceLock<Table>,
+    pub(super) cache: OnceLock<CacheFiles>,
+    /// When opening the cache files may be tried again, in ms since the store's epoch.
+    pub(super) cache_retry: AtomicU64,
+    /// Downloads and checks on their way, by the first chunk of their unit.
+    pub(super) flights: Mutex<HashMap<u32, Arc<UnitSlot>>>,
+    /// The load of the context table on its way.
+    pub(super) loading: Mutex<Option<Arc<TableSlot>>>,
+    pub(super) backend_down: AtomicBool,
+    pub(super) said_conflict: AtomicBool,
+}
+
+impl Blob {
+    /// Where the chunk is in the cache file, in bytes, if this process has verified it and the
+    /// inode and the context table agree about it. No lock, no system call, no allocation.
+    pub fn verified(&self, chunk: ChunkRef) -> Option<u64> {
+        if !self.verified.get(chunk.index.0) {
+            return None;
+        }
+        let info = self.table.get()?.infos.get(chunk.index)?;
+        chunk.agrees(&info).then_some(info.uncompressed_offset)
+    }
+
+    /// The uncompressed blob. May be shorter than a verified chunk reaches if somebody shortened
+    /// it: see [`Blob::distrust`]. Before any chunk is verified this is an empty file.
+    pub fn cache_file(&self) -> BorrowedFd<'_> {
+        match self.cache.get() {
+            Some(cache) => cache.data.as_fd(),
+            None => self.store.no_file.as_fd(),
+        }
+    }
+
+    /// Forgets that the chunk is verified, because reading the cache file failed or came back
+    /// short. The next [`Blob::fetch`] reads and verifies it again, and replaces it if it must.
+    pub fn distrust(&self, chunk: ChunkRef) {
+        self.verified.clear(chunk.index.0);
+    }
+
+    pub fn id(&self) -> &BlobId {
+        &self.info.id
+    }
+
+    /// The blob as the image's blob table has it.
+    pub fn info(&self) -> &BlobInfo {
+        &self.info
+    }
+
+    /// What this blob's chunks are compared with; `None` before the first chunk is asked for.
+    pub fn digest_source(&self) -> Option<DigestSource> {
+        self.table.get().map(|table| table.digest_source)
+    }
+
+    /// Chunks of the blob that are verified, of how many.
+    pub fn ready_chunks(&self) -> (u32, u32) {
+        (self.verified.count(), self.info.chunk_count)
+    }
+}
+
+impl std::fmt::Debug for Blob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Blob").field("id", &self.info.id).finish_non_exhaustive()
+    }
+}

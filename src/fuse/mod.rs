@@ -1,0 +1,30 @@
+//! The FUSE operations: a request's bytes in, an answer's bytes out.
+//!
+//! [`Request`] checks what a guest sent, [`Server`] answers it from the file systems in [`Mounts`],
+//! and [`Reply`] writes the answer where the guest wants it. Nothing here blocks: a request that
+//! needs chunks which are not on this host yet ends as [`Outcome::Wait`], and whoever carries
+//! requests (`device`, later a host mount) asks again when the wait is over.
+//!
+//! A guest is not trusted: any bytes and any node id give an answer or an error, never a panic.
+
+pub mod abi;
+mod file_system;
+mod known;
+mod listing;
+mod mounts;
+mod rafs_fs;
+mod rafs_read;
+mod reply;
+mod request;
+mod server;
+mod session;
+mod wait;
+mod zeros;
+
+pub use mounts::Mounts;
+pub use rafs_fs::{RafsFs, RafsOptions};
+pub use reply::Reply;
+pub use request::{Request, RequestError};
+pub use server::{Outcome, Server};
+pub use session::ServerOptions;
+pub use wait::{Pins, Wait};

@@ -1,0 +1,292 @@
+//! Answers requests: finds the file system a request is about, asks it, writes the answer.
+//!
+//! A server is one session with one guest. Its threads share nothing but the terms agreed at INIT.
+
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+use super::abi::{self, Attr, EntryOut};
+use super::file_system::{Entry, FsError, chain};
+use super::listing::Listing;
+use super::mounts::{Mounts, Place};
+use super::reply::Reply;
+use super::request::{ForgetList, Operation, Request};
+use super::session::{ServerOptions, Session, Terms};
+use super::wait::{Pins, Wait};
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The answer is written: this many bytes, header included; 0 if there was no room for one.
+    Reply(u32),
+    /// The guest expects no answer.
+    NoReply,
+    /// The answer needs something that is not here yet.
+    Wait(Wait),
+    /// The guest gives up the request with this `unique`, and expects no answer to saying so.
+    Interrupt(u64),
+}
+
+/// Answers the requests of one guest.
+pub struct Server {
+    mounts: Arc<Mounts>,
+    options: ServerOptions,
+    session: Session,
+}
+
+impl Server {
+    /// A server that waits for INIT.
+    pub fn new(mounts: Arc<Mounts>, options: ServerOptions) -> Server {
+        Server { mounts, options, session: Session::default() }
+    }
+
+    /// Answers `request` into `reply`, or says what it waits for. Never blocks.
+    ///
+    /// `pins` is what an earlier [`Outcome::Wait`] of the same request made ready, and empty at
+    /// first. Any number of threads may call this at the same time.
+    pub fn handle(&self, request: &Request, reply: &mut Reply<'_>, pins: &Pins) -> Outcome {
+        let header = &request.header;
+        let operation = match request.operation() {
+            Ok(operation) => operation,
+            Err(error) => {
+                log::debug!("{error}");
+                if !request.wants_answer() {
+                    return Outcome::NoReply;
+                }
+                return Outcome::Reply(reply.error(header.unique, error.errno()));
+            }
+        };
+        let terms = self.session.terms();
+        match operation {
+            Operation::Init(init) => return Outcome::Reply(self.init(header.unique, &init, reply)),
+            Operation::Destroy => {
+                self.session.end();
+                return Outcome::Reply(reply.done(header.unique));
+            }
+            Operation::NotifyReply => return Outcome::NoReply,
+            Operation::Interrupt { unique } => return Outcome::Interrupt(unique),
+            Operation::Forget(list) => {
+                self.forget(list);
+                return Outcome::NoReply;
+            }
+            _ => {}
+        }
+        let answer = if terms.open() {
+            self.answer(&terms, header, &operation, reply, pins)
+        } else {
+            Err(FsError::NoSession)
+        };
+        match answer {
+            Ok(len) => Outcome::Reply(len),
+            Err(FsError::Wait(wait)) => Outcome::Wait(wait),
+            Err(error) => {
+                if error.is_fault() {
+                    let place = self.mounts.resolve(header.nodeid);
+                    let name = place.as_ref().map_or("?", |place| place.fs.name());
+                    log::error!("{name}: {}", chain(&error));
+                }
+                Outcome::Reply(reply.error(header.unique, error.errno()))
+            }
+        }
+    }
+
+    /// Answers request `unique` with `errno`, which is positive: for bytes that are no request.
+    /// Returns the bytes written.
+    pub fn error(unique: u64, errno: i32, reply: &mut Reply<'_>) -> u32 {
+        reply.error(unique, errno)
+    }
+
+    fn init(&self, unique: u64, init: &abi::InitIn, reply: &mut Reply<'_>) -> u32 {
+        let (immutable, xattrs) = (self.mounts.immutable(), self.mounts.has_xattrs());
+        match self.session.start(init, &self.options, immutable, xattrs) {
+            Some((out, len)) => {
+                log::debug!(
+                    "session with FUSE {}.{}, flags {:#x} {:#x}",
+                    init.major,
+                    init.minor,
+                    out.flags,
+                    out.flags2
+                );
+                reply.bytes(unique, &out.as_bytes()[..len])
+            }
+            None => {
+                log::warn!("a guest speaks FUSE {}.{}, which is too old", init.major, init.minor);
+                reply.error(unique, libc::EPROTO)
+            }
+        }
+    }
+
+    fn forget(&self, list: ForgetList<'_>) {
+        list.for_each(|nodeid, lookups| {
+            if let Some(place) = self.mounts.resolve(nodeid) {
+                place.fs.forget(place.node, lookups);
+            }
+        });
+    }
+
+    /// Everything that is about a node. Returns the bytes written.
+    fn answer(
+        &self,
+        terms: &Terms,
+        header: &abi::InHeader,
+        operation: &Operation<'_>,
+        reply: &mut Reply<'_>,
+        pins: &Pins,
+    ) -> Result<u32, FsError> {
+        let unique = header.unique;
+        let place = self.mounts.resolve(header.nodeid).ok_or(FsError::Stale)?;
+        let Place { fs, node, .. } = place;
+        Ok(match *operation {
+            Operation::Lookup { name } => {
+                let entry = match name {
+                    b"." => Some(Entry { node, attr: fs.attr(node)? }),
+                    b".." => Some(fs.parent(node)?),
+                    _ => fs.lookup(node, name)?,
+                };
+                let out = entry_out(&place, entry.as_ref());
+                let len = if terms.minor() < 9 { 120 } else { size_of::<EntryOut>() };
+                reply.bytes(unique, &out.as_bytes()[..len])
+            }
+            Operation::Getattr => {
+                let attr = fs.attr(node)?;
+                let out = abi::AttrOut { attr_valid: fs.valid_secs(), attr, ..Default::default() };
+                let len = if terms.minor() < 9 { 96 } else { size_of::<abi::AttrOut>() };
+                reply.bytes(unique, &out.as_bytes()[..len])
+            }
+            Operation::Statx => {
+                let stat = statx(&fs.attr(node)?);
+                let out = abi::StatxOut { attr_valid: fs.valid_secs(), stat, ..Default::default() };
+                reply.send(unique, &out)
+            }
+            Operation::Readlink => reply.bytes(unique, &fs.readlink(node)?),
+            Operation::Open { flags } => {
+                let open = fs.open(node, flags)?;
+                if terms.no_open() {
+                    return Err(FsError::Unknown);
+                }
+                reply.send(unique, &open)
+            }
+            Operation::Opendir => {
+                let open = fs.opendir(node)?;
+                if terms.no_opendir() {
+                    return Err(FsError::Unknown);
+                }
+                reply.send(unique, &open)
+            }
+            Operation::Read { offset, size } => {
+                let mut payload = reply.payload(usize::try_from(size).unwrap_or(usize::MAX));
+                fs.read(node, offset, &mut payload, pins)?;
+                reply.finish(unique, &payload)
+            }
+            Operation::Lseek { offset, whence } => {
+                let whence = i32::try_from(whence).map_err(|_| FsError::InvalidArgument)?;
+                let offset = fs.lseek(node, offset, whence)?;
+                reply.send(unique, &abi::LseekOut { offset })
+            }
+            Operation::Readdir { cookie, size, plus } => {
+                let payload = reply.payload(usize::try_from(size).unwrap_or(usize::MAX));
+                let mut listing = Listing::new(payload, place, plus);
+                fs.readdir(node, cookie, &mut listing)?;
+                let payload = listing.into_payload().ok_or(FsError::InvalidArgument)?;
+                reply.finish(unique, &payload)
+            }
+            Operation::Statfs => {
+                let out = fs.statfs();
+                let len = if terms.minor() < 4 { 48 } else { size_of::<abi::StatfsOut>() };
+                reply.bytes(unique, &out.as_bytes()[..len])
+            }
+            Operation::Access { mask } => {
+                fs.access(node, mask)?;
+                reply.done(unique)
+            }
+            Operation::Getxattr { .. } | Operation::Listxattr { .. }
+                if !self.mounts.has_xattrs() && self.mounts.immutable() =>
+            {
+                // The guest need never ask again, for any node.
+                return Err(FsError::Unknown);
+            }
+            Operation::Getxattr { name, size } => {
+                let value = fs.getxattr(node, name)?;
+                let len = u32::try_from(value.len()).map_err(|_| FsError::SmallBuffer)?;
+                match size {
+                    0 => reply.send(unique, &abi::GetxattrOut { size: len, padding: 0 }),
+                    _ if size < len => return Err(FsError::SmallBuffer),
+                    _ => reply.bytes(unique, &value),
+                }
+            }
+            Operation::Listxattr { size } => {
+                let mut payload = reply.payload(usize::try_from(size).unwrap_or(usize::MAX));
+                let (mut len, mut fits) = (0, true);
+                fs.listxattr(node, &mut |prefix, name| {
+                    len += prefix.len() + name.len() + 1;
+                    fits = fits
+                        && payload.put(prefix.as_bytes())
+                        && payload.put(name)
+                        && payload.put(b"\0");
+                })?;
+                if size == 0 {
+                    let size = u32::try_from(len).map_err(|_| FsError::SmallBuffer)?;
+                    reply.send(unique, &abi::GetxattrOut { size, padding: 0 })
+                } else if fits {
+                    reply.finish(unique, &payload)
+                } else {
+                    return Err(FsError::SmallBuffer);
+                }
+            }
+            // Nothing is ever written, so nothing is left to do.
+            Operation::Flush
+            | Operation::Release
+            | Operation::Fsync
+            | Operation::Releasedir
+            | Operation::Fsyncdir
+            | Operation::Syncfs => reply.done(unique),
+            Operation::Change => return Err(FsError::ReadOnly),
+            Operation::Unknown => return Err(FsError::Unknown),
+            Operation::Init(_)
+            | Operation::Destroy
+            | Operation::Interrupt { .. }
+            | Operation::Forget(_)
+            | Operation::NotifyReply => return Err(FsError::InvalidArgument),
+        })
+    }
+}
+
+/// What a guest is told about a name in the file system of `place`; without an entry, that there
+/// is none.
+pub(super) fn entry_out(place: &Place<'_>, entry: Option<&Entry>) -> EntryOut {
+    let valid = place.fs.valid_secs();
+    EntryOut {
+        nodeid: entry.map_or(0, |entry| place.nodeid(entry.node)),
+        entry_valid: valid,
+        attr_valid: valid,
+        attr: entry.map(|entry| entry.attr).unwrap_or_default(),
+        ..EntryOut::default()
+    }
+}
+
+/// `attr` in the form of `statx(2)`: basic attributes, no time of birth.
+fn statx(attr: &Attr) -> abi::Statx {
+    let time = |secs: u64, tv_nsec| abi::StatxTime {
+        tv_sec: secs.cast_signed(),
+        tv_nsec,
+        ..Default::default()
+    };
+    abi::Statx {
+        mask: libc::STATX_BASIC_STATS,
+        blksize: attr.blksize,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        mode: u16::try_from(attr.mode & 0xFFFF).expect("masked to 16 bits"),
+        ino: attr.ino,
+        size: attr.size,
+        blocks: attr.blocks,
+        atime: time(attr.atime, attr.atimensec),
+        ctime: time(attr.ctime, attr.ctimensec),
+        mtime: time(attr.mtime, attr.mtimensec),
+        rdev_major: (attr.rdev >> 8) & 0xFFF,
+        rdev_minor: (attr.rdev & 0xFF) | ((attr.rdev >> 12) & 0xF_FF00),
+        ..Default::default()
+    }
+}

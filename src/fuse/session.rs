@@ -1,0 +1,243 @@
+//! What a guest and the server agreed on: INIT and its answer.
+//!
+//! The answer takes up everything that saves round trips on a file system that never changes, of
+//! what the guest offers. `docs/fuse.md` lists the flags with their reasons.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::abi::{self, InitFlags};
+
+/// Largest read or write in pages of 4 KiB.
+const MAX_PAGES: u16 = 256;
+/// Read-ahead requests that a guest may have under way.
+const MAX_BACKGROUND: u16 = 1024;
+
+/// What a server may agree to.
+#[derive(Clone, Copy, Debug)]
+pub struct ServerOptions {
+    /// Answer OPEN and OPENDIR so that the guest stops sending them, where it offers to and the
+    /// tree never changes. Files then seem to open for writing; the write itself gives EROFS.
+    pub zero_message_open: bool,
+    /// The mount checks permissions in the guest's kernel (mount option `default_permissions`,
+    /// which virtio-fs always has). Needed for idmapped mounts.
+    pub default_permissions: bool,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        ServerOptions { zero_message_open: true, default_permissions: true }
+    }
+}
+
+/// What was agreed; every request looks at it once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Terms(u64);
+
+impl Terms {
+    const OPEN: u64 = 1 << 0;
+    const NO_OPEN: u64 = 1 << 1;
+    const NO_OPENDIR: u64 = 1 << 2;
+    const MINOR_SHIFT: u32 = 32;
+
+    /// An INIT has been answered, and no DESTROY since.
+    pub(super) fn open(self) -> bool {
+        self.0 & Self::OPEN != 0
+    }
+
+    /// The guest takes ENOSYS to OPEN as "never ask again".
+    pub(super) fn no_open(self) -> bool {
+        self.0 & Self::NO_OPEN != 0
+    }
+
+    /// The guest takes ENOSYS to OPENDIR as "never ask again".
+    pub(super) fn no_opendir(self) -> bool {
+        self.0 & Self::NO_OPENDIR != 0
+    }
+
+    /// Version that both sides speak.
+    pub(super) fn minor(self) -> u64 {
+        self.0 >> Self::MINOR_SHIFT
+    }
+}
+
+/// The state of a connection between INIT and DESTROY.
+#[derive(Default)]
+pub(super) struct Session(AtomicU64);
+
+impl Session {
+    pub(super) fn terms(&self) -> Terms {
+        Terms(self.0.load(Ordering::Relaxed))
+    }
+
+    /// The guest leaves.
+    pub(super) fn end(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    /// Starts afresh, whatever was before. Returns the answer and how many bytes of it the guest
+    /// expects; `None` if it speaks no version that we do.
+    ///
+    /// `immutable` and `xattrs` are those of the tree that is served.
+    pub(super) fn start(
+        &self,
+        init: &abi::InitIn,
+        options: &ServerOptions,
+        immutable: bool,
+        xattrs: bool,
+    ) -> Option<(abi::InitOut, usize)> {
+        self.end();
+        if init.major < abi::MAJOR {
+            return None;
+        }
+        if init.major > abi::MAJOR {
+            // The guest falls back to our major version and asks again.
+            let out = abi::InitOut { major: abi::MAJOR, minor: abi::MINOR, ..Default::default() };
+            return Some((out, size_of::<abi::InitOut>()));
+        }
+        let minor = init.minor.min(abi::MINOR);
+        let offered =
+            InitFlags::from_bits_retain(u64::from(init.flags2) << 32 | u64::from(init.flags));
+        let flags = offered & wanted(options, xattrs);
+        let (low, high) = halves(flags);
+        let out = abi::InitOut {
+            major: abi::MAJOR,
+            minor,
+            max_readahead: init.max_readahead,
+            flags: low,
+            max_background: MAX_BACKGROUND,
+            congestion_threshold: MAX_BACKGROUND / 4 * 3,
+            max_write: u32::from(MAX_PAGES) * 4096,
+            time_gran: 1,
+            max_pages: if flags.contains(InitFlags::MAX_PAGES) { MAX_PAGES } else { 0 },
+            flags2: high,
+            ..Default::default()
+        };
+        let len = match minor {
+            0..5 => 8,
+            5..23 => 24,
+            _ => size_of::<abi::InitOut>(),
+        };
+        let zero_message = options.zero_message_open && immutable;
+        let mut terms = Terms::OPEN | u64::from(minor) << Terms::MINOR_SHIFT;
+        if zero_message && offered.contains(InitFlags::NO_OPEN_SUPPORT) {
+            terms |= Terms::NO_OPEN;
+        }
+        if zero_message && offered.contains(InitFlags::NO_OPENDIR_SUPPORT) {
+            terms |= Terms::NO_OPENDIR;
+        }
+        self.0.store(terms, Ordering::Relaxed);
+        Some((out, len))
+    }
+}
+
+/// Flags that we answer if they are offered.
+fn wanted(options: &ServerOptions, xattrs: bool) -> InitFlags {
+    let mut flags = InitFlags::ASYNC_READ
+        | InitFlags::EXPORT_SUPPORT
+        | InitFlags::BIG_WRITES
+        | InitFlags::DO_READDIRPLUS
+        | InitFlags::ASYNC_DIO
+        | InitFlags::PARALLEL_DIROPS
+        | InitFlags::MAX_PAGES
+        | InitFlags::CACHE_SYMLINKS
+        | InitFlags::INIT_EXT;
+    if xattrs {
+        flags |= InitFlags::POSIX_ACL;
+    }
+    if options.default_permissions {
+        flags |= InitFlags::ALLOW_IDMAP;
+    }
+    flags
+}
+
+/// The two fields that carry flags, low half first.
+fn halves(flags: InitFlags) -> (u32, u32) {
+    let [a, b, c, d, e, f, g, h] = flags.bits().to_le_bytes();
+    (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// INIT of a guest that offers everything.
+    fn init(minor: u32) -> abi::InitIn {
+        let all = u32::MAX;
+        abi::InitIn {
+            major: 7,
+            minor,
+            max_readahead: 131_072,
+            flags: all,
+            flags2: all,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_answer_has_the_length_of_the_guests_version() {
+        for (minor, want, len) in [
+            (4, 4, 8),
+            (5, 5, 24),
+            (12, 12, 24),
+            (22, 22, 24),
+            (23, 23, 64),
+            (45, 45, 64),
+            (99, 45, 64),
+        ] {
+            let (out, got) = Session::default()
+                .start(&init(minor), &ServerOptions::default(), true, true)
+                .unwrap();
+            assert_eq!((out.minor, got), (want, len), "minor {minor}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_offered_is_answered() {
+        let nothing = abi::InitIn { major: 7, minor: 31, ..Default::default() };
+        let session = Session::default();
+        let (out, _) = session.start(&nothing, &ServerOptions::default(), true, true).unwrap();
+        assert_eq!((out.flags, out.flags2, out.max_pages, out.max_readahead), (0, 0, 0, 0));
+        assert!(!session.terms().no_open() && !session.terms().no_opendir());
+
+        let (out, _) = session.start(&init(45), &ServerOptions::default(), true, true).unwrap();
+        // ASYNC_READ, EXPORT_SUPPORT, BIG_WRITES, DO_READDIRPLUS, ASYNC_DIO, PARALLEL_DIROPS,
+        // POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, INIT_EXT; ALLOW_IDMAP
+        assert_eq!((out.flags, out.flags2), (0x40D4_A031, 0x100));
+        assert_eq!((out.max_pages, out.max_write, out.max_readahead), (256, 1 << 20, 131_072));
+        assert!(session.terms().no_open() && session.terms().no_opendir());
+
+        let (out, _) = session.start(&init(45), &ServerOptions::default(), true, false).unwrap();
+        assert_eq!(out.flags & 1 << 20, 0, "no ACLs to check without xattrs");
+        let options = ServerOptions { zero_message_open: false, default_permissions: false };
+        let (out, _) = session.start(&init(45), &options, true, true).unwrap();
+        assert_eq!(out.flags2, 0, "idmapped mounts need the kernel's permission checks");
+        assert!(!session.terms().no_open() && !session.terms().no_opendir());
+        session.start(&init(45), &ServerOptions::default(), false, true).unwrap();
+        assert!(!session.terms().no_open(), "a tree that changes wants to see each open");
+    }
+
+    #[test]
+    fn major_versions_are_negotiated() {
+        let session = Session::default();
+        let newer = abi::InitIn { major: 8, minor: 3, ..init(3) };
+        let (out, _) = session.start(&newer, &ServerOptions::default(), true, true).unwrap();
+        assert_eq!((out.major, out.minor, out.flags), (7, 45, 0));
+        assert!(!session.terms().open(), "the guest asks again with our version");
+        let older = abi::InitIn { major: 6, ..init(3) };
+        assert!(session.start(&older, &ServerOptions::default(), true, true).is_none());
+    }
+
+    #[test]
+    fn a_session_ends_and_starts_afresh() {
+        let session = Session::default();
+        assert!(!session.terms().open());
+        session.start(&init(31), &ServerOptions::default(), true, true).unwrap();
+        assert!(session.terms().open());
+        assert_eq!(session.terms().minor(), 31);
+        let bare = abi::InitIn { flags: 0, flags2: 0, ..init(27) };
+        session.start(&bare, &ServerOptions::default(), true, true).unwrap();
+        assert_eq!((session.terms().minor(), session.terms().no_open()), (27, false));
+        session.end();
+        assert!(!session.terms().open());
+    }
+}
