@@ -1,4 +1,5 @@
 //! Source trees, images made of them by `rafs create`, and what both look like when they are read.
+#![allow(dead_code, reason = "each test program uses another part of this")]
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -92,7 +93,7 @@ pub struct Entry {
 
 pub type Tree = BTreeMap<Vec<u8>, Entry>;
 
-/// What is in a directory. `without` names paths that are left out with all below them.
+/// What is in a directory.
 pub fn describe(root: &Path) -> Tree {
     let mut metadata = BTreeMap::new();
     for entry in walkdir::WalkDir::new(root) {

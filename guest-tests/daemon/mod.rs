@@ -1,5 +1,8 @@
 //! A daemon in a directory of its own, started with any arguments and looked at from outside.
 
+// Each test program uses its own part of this.
+#![allow(dead_code)]
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -44,7 +44,8 @@ const SEAL_SIZE: u64 = 32;
 const READY: u8 = 1;
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// Start of `<id>.chunk_map`.
+/// Start of `<id>.chunk_map`. Versions to come keep the meaning of the fields up to the checksum,
+/// so that each can tell a damaged map from one it must leave alone.
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct MapHeader {
@@ -392,11 +393,14 @@ impl Geometry<'_> {
         if header.version.get() != VERSION {
             return Ok(Found::Foreign("in another version of the cache's format"));
         }
-        if header.as_bytes() != self.header().as_bytes() {
+        let want = self.header();
+        if header.checksum != want.checksum {
             return Ok(Found::Foreign("with another context table"));
         }
-        if file.metadata()?.len() != seal_offset(self.chunk_count, self.chunk_count) {
-            log::warn!("blob {}: its chunk map has a wrong size, the cache starts anew", self.blob);
+        if header.as_bytes() != want.as_bytes()
+            || file.metadata()?.len() != seal_offset(self.chunk_count, self.chunk_count)
+        {
+            log::warn!("blob {}: its chunk map is damaged, the cache starts anew", self.blob);
             return Ok(Found::Nothing);
         }
         Ok(Found::Good(ChunkMap { file: Arc::new(file), count: self.chunk_count }))

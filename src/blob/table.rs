@@ -50,14 +50,14 @@ pub enum Proof {
 impl Table {
     /// Parses the table and compares it with the chunk table of the bootstrap.
     ///
-    /// `saved`: it comes from the cache, where another image may have put it; it must then agree
-    /// with every record in every field.
+    /// `strict`: it must agree with every record in every field, not only in what readers rely
+    /// on, as it does in every image of the reference builder.
     fn new(
         image: &Bootstrap,
         blob: &BlobInfo,
         header: &CiHeader,
         table: Vec<u8>,
-        saved: bool,
+        strict: bool,
     ) -> Result<Table, FormatError> {
         let layout = Sha256::digest(&table).into();
         let infos = ChunkInfos::parse(blob, table, header)?;
@@ -75,7 +75,7 @@ impl Table {
             let stored = matches!(info.form, ChunkForm::Batch { .. })
                 || (record.compressed_offset.get() == info.compressed_offset
                     && record.compressed_size.get() == info.compressed_size);
-            if !placed || (saved && !stored) {
+            if !placed || (strict && !stored) {
                 return Err(invalid(
                     "context table",
                     0,
@@ -90,13 +90,8 @@ impl Table {
             () => DigestSource::Nothing,
         };
         let section = OnceLock::new();
-        let confirmed = AtomicBool::new(!saved);
-        let table = Table { infos, layout, digests, section, digest_source, confirmed };
-        if saved && !table.shareable() {
-            let reason = "a saved one cannot be used without digests".into();
-            return Err(invalid("context table", 0, reason));
-        }
-        Ok(table)
+        let confirmed = AtomicBool::new(false);
+        Ok(Table { infos, layout, digests, section, digest_source, confirmed })
     }
 
     /// What chunk `index` is compared with.
@@ -266,7 +261,7 @@ impl Load {
                 })?;
             let bytes = self.blob.read_all(stored.clone(), &self.slot).await?;
             let blob = self.blob.clone();
-            let parsed = self.blob.on_worker(move || blob.parse_table(&bytes)).await?;
+            let parsed = self.blob.on_worker(move || blob.parse_table(&bytes, !second_try)).await?;
             match parsed {
                 Ok(table) => return Ok(table),
                 Err(e) if second_try || matches!(e, FormatError::Unsupported { .. }) => {
@@ -291,6 +286,7 @@ impl Load {
                         log::warn!("blob {}: saved context table: {}", blob.info.id, chain(e));
                     })
                     .ok()
+                    .filter(Table::shareable) // without digests it could be anybody's
             })
             .await
     }
@@ -343,7 +339,7 @@ impl Load {
 
 impl Blob {
     /// Decompresses, checks and saves what was fetched: the stored table and its header.
-    fn parse_table(&self, bytes: &[u8]) -> Result<Table, FormatError> {
+    fn parse_table(&self, bytes: &[u8], strict: bool) -> Result<Table, FormatError> {
         let info = &self.info;
         let wrong = |reason: String| invalid("context table", info.ci_offset, reason);
         let split = bytes.len().checked_sub(size_of::<CiHeader>());
@@ -355,7 +351,8 @@ impl Blob {
             .map_err(|_| wrong("too large for memory".into()))?;
         let mut table = vec![0; size];
         info.ci_compressor.decompress(stored, &mut table).map_err(|e| wrong(e.to_string()))?;
-        let table = Table::new(&self.image, info, &header, table, false)?;
+        let table = Table::new(&self.image, info, &header, table, strict)?;
+        table.confirmed.store(true, Ordering::Release);
         if let Some(dir) = self.store.dir()
             && let Err(e) = dir.save_table(&info.id, &header, table.infos.as_bytes())
         {

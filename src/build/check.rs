@@ -237,6 +237,7 @@ fn print(findings: &Findings, args: &Args, out: &mut impl Write) -> io::Result<(
     };
     let verdict = match (findings.problem_count, findings.undecided.len()) {
         (0, 0) => "nothing is wrong".to_owned(),
+        (0, _) if findings.paths == 0 => "not checked".to_owned(),
         (0, _) => "nothing is wrong in what could be checked".to_owned(),
         (1, _) => "1 problem".to_owned(),
         (n, _) => format!("{n} problems"),

@@ -419,3 +419,102 @@ impl Packer {
         Ok((len < bytes.len()).then(|| &self.out[..len]))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::blob_file::BlobTarget;
+    use crate::build::whiteout::WhiteoutSpec;
+    use std::fs;
+    use std::path::Path;
+
+    fn scan(dir: &Path) -> Tree {
+        Tree::scan(dir, WhiteoutSpec::Oci, &ProgressBar::hidden()).unwrap()
+    }
+
+    fn store_all(tree: &Tree, out: &Path, threads: usize) -> Result<FileChunks, BuildError> {
+        let settings = Settings {
+            compressor: Compressor::Zstd,
+            digester: Digester::Blake3,
+            chunk_size: 4096,
+            threads,
+        };
+        let blob = BlobWriter::create(BlobTarget::Dir(out.to_owned())).unwrap();
+        let order = tree.file_ids().collect();
+        store(tree, order, settings, blob, &ProgressBar::hidden()).map(|(_, files, _)| files)
+    }
+
+    #[test]
+    fn a_file_that_changes_after_the_scan_is_named() {
+        type Change = fn(&Path);
+        let cases: [(&str, Change, &str); 7] = [
+            ("nothing", |_| (), ""),
+            ("grows", |f| fs::write(f, [1; 9001]).unwrap(), "its size is another"),
+            ("shrinks", |f| fs::write(f, [1; 8999]).unwrap(), "its size is another"),
+            ("is rewritten", |f| fs::write(f, [2; 9000]).unwrap(), "it was written to"),
+            (
+                "is replaced",
+                |f| {
+                    fs::write(f.with_extension("new"), [1; 9000]).unwrap();
+                    fs::rename(f.with_extension("new"), f).unwrap();
+                },
+                "another file has its name",
+            ),
+            ("is removed", |f| fs::remove_file(f).unwrap(), "cannot open"),
+            (
+                "becomes a fifo",
+                |f| {
+                    fs::remove_file(f).unwrap();
+                    let mode = rustix::fs::Mode::from_raw_mode(0o644);
+                    let kind = rustix::fs::FileType::Fifo;
+                    rustix::fs::mknodat(rustix::fs::CWD, f, kind, mode, 0).unwrap();
+                },
+                "changed while",
+            ),
+        ];
+        for sparse in [false, true] {
+            for (name, change, message) in cases {
+                let dir = tempfile::tempdir().unwrap();
+                let file = dir.path().join("d/file");
+                fs::create_dir(dir.path().join("d")).unwrap();
+                if sparse {
+                    fs::File::create(&file).unwrap().set_len(9000).unwrap();
+                } else {
+                    fs::write(&file, [1; 9000]).unwrap();
+                }
+                // Times of files have the resolution of the kernel's clock ticks.
+                let past = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
+                fs::File::options().write(true).open(&file).unwrap().set_times(past).unwrap();
+                let tree = scan(dir.path());
+                change(&file);
+                let out = tempfile::tempdir().unwrap();
+                match store_all(&tree, out.path(), 2) {
+                    Ok(_) => assert_eq!(message, "", "a file that {name}"),
+                    Err(e) => {
+                        let error = e.to_string();
+                        assert!(!message.is_empty() && error.contains(message), "{name}: {error}");
+                        assert!(error.contains("d/file"), "{name}: {error}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_failure_in_the_order_of_the_tree_is_the_one_reported() {
+        let dir = tempfile::tempdir().unwrap();
+        for i in 0..1000 {
+            fs::write(dir.path().join(format!("f{i:03}")), vec![0; i]).unwrap();
+        }
+        let tree = scan(dir.path());
+        for i in (300..1000).step_by(50) {
+            fs::remove_file(dir.path().join(format!("f{i:03}"))).unwrap();
+        }
+        for threads in [1, 2, 7] {
+            let out = tempfile::tempdir().unwrap();
+            let error = store_all(&tree, out.path(), threads).unwrap_err().to_string();
+            assert!(error.contains("f300"), "{threads} threads: {error}");
+            assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0, "a half blob stays behind");
+        }
+    }
+}

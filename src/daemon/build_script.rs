@@ -5,6 +5,7 @@
 //! builds do not look at git at all: a commit would recompile the whole crate for one string.
 
 use std::env;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -26,10 +27,9 @@ fn main() {
 /// The commit that is checked out, and a rebuild when another one is.
 fn head_commit() -> Option<String> {
     let commit = output("git", &["rev-parse", "HEAD"])?;
-    if let Some(log) = output("git", &["rev-parse", "--git-path", "logs/HEAD"]) {
-        if std::path::Path::new(&log).exists() {
-            tell(&format!("rerun-if-changed={log}"));
-        }
+    let log = output("git", &["rev-parse", "--git-path", "logs/HEAD"]);
+    if let Some(log) = log.filter(|log| Path::new(log).exists()) {
+        tell(&format!("rerun-if-changed={log}"));
     }
     Some(commit)
 }

@@ -32,6 +32,10 @@ const LAST_LINES: Duration = Duration::from_millis(100);
 /// Threads of the blocking pool beside those that decompress: reads of local files and the like.
 const BLOCKING_THREADS: usize = 32;
 
+/// How long a thread of the blocking pool waits for more work. Short, so that a daemon whose guest
+/// has settled holds no memory for stacks; starting a thread costs less than reading a chunk.
+const IDLE_THREAD: Duration = Duration::from_secs(1);
+
 /// What the main thread waits for.
 enum Event {
     /// The start has come to its end.
@@ -219,6 +223,7 @@ fn runtime(options: &Options) -> io::Result<Runtime> {
         .worker_threads(2)
         .max_blocking_threads(BLOCKING_THREADS + usize::from(options.workers).max(64))
         .thread_name("fetch")
+        .thread_keep_alive(IDLE_THREAD)
         .enable_all()
         .build()
 }

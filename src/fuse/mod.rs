@@ -28,6 +28,3 @@ pub use request::{Request, RequestError};
 pub use server::{Outcome, Server};
 pub use session::ServerOptions;
 pub use wait::{Pins, Wait};
-
-#[cfg(test)]
-mod tests;

@@ -62,7 +62,7 @@ impl RafsFs {
             let len = (chunk_size - within).min(end - at);
             let wanted = self.wanted(inode, at / chunk_size)?;
             match pins.get(wanted.number) {
-                Some(pinned) => pieces.push(memory(inode, &wanted, pinned, within, len)?),
+                Some(pinned) => pieces.push(memory(inode, wanted.number, pinned, within, len)?),
                 None => match wanted.blob.verified(wanted.chunk) {
                     Some(place) => add_cached(&mut pieces, &wanted, place + within, len)?,
                     None => missing.push(wanted),
@@ -167,10 +167,10 @@ impl RafsFs {
     }
 }
 
-/// `len` bytes of a chunk that came with a wait, from byte `within` on.
+/// `len` bytes of chunk `chunk` of a file, which came with a wait, from byte `within` on.
 fn memory<'a>(
     inode: &Inode<'_>,
-    wanted: &Wanted<'_>,
+    chunk: u32,
     pinned: &'a Pinned,
     within: u64,
     len: u64,
@@ -178,7 +178,7 @@ fn memory<'a>(
     let bytes = match pinned {
         Pinned::Memory(bytes) => bytes,
         Pinned::Failed(error) => {
-            let (node, chunk) = (inode.nid().0, wanted.number);
+            let node = inode.nid().0;
             return Err(FsError::Unreadable { node, chunk, source: error.clone() });
         }
     };
@@ -218,4 +218,55 @@ fn add_cached<'a>(
 
 fn broken(inode: &Inode<'_>, reason: &'static str) -> FsError {
     FsError::Broken { node: inode.nid().0, reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::blob::{ChunkError, ChunkFailure};
+    use crate::fuse::file_system::chain;
+    use crate::rafs::Bootstrap;
+    use crate::rafs::id::{BlobId, Nid};
+
+    #[test]
+    fn what_a_wait_brought_is_checked() {
+        let path = "guest-tests/golden/v6-none/bootstrap";
+        let image = Bootstrap::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();
+        let inode = image.inode(Nid(135)).unwrap();
+        let pinned = Pinned::Memory((*b"0123456789").into());
+        // (within, len, bytes)
+        let cases: [(u64, u64, Option<&[u8]>); 5] = [
+            (0, 10, Some(b"0123456789")),
+            (3, 4, Some(b"3456")),
+            (0, 11, None),
+            (11, 0, None),
+            (u64::MAX, 2, None),
+        ];
+        for (within, len, want) in cases {
+            match (memory(&inode, 0, &pinned, within, len), want) {
+                (Ok(Piece::Memory(bytes)), Some(want)) => assert_eq!(bytes, want),
+                (Err(error), None) => assert_eq!(error.errno(), libc::EIO),
+                _ => panic!("{within} {len}"),
+            }
+        }
+        let error = ChunkError {
+            id: 17,
+            blob: BlobId::UNKNOWN,
+            index: ChunkIndex(5),
+            source: ChunkFailure::Abandoned,
+        };
+        let failed = Pinned::Failed(Arc::new(error));
+        let error = memory(&inode, 2, &failed, 0, 1).err().unwrap();
+        assert_eq!(error.errno(), libc::EIO);
+        assert_eq!(
+            chain(&error),
+            format!(
+                "inode 135: its chunk 2 cannot be read: chunk 5 of blob {} (error 17): \
+                 the download was given up",
+                BlobId::UNKNOWN
+            )
+        );
+    }
 }

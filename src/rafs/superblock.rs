@@ -72,7 +72,7 @@ pub(super) fn check(bytes: &[u8]) -> Result<SuperInfo> {
     if bytes.get(..4) == Some(&RAFS_V5_MAGIC.to_le_bytes()) {
         return Err(FormatError::Unsupported { feature: "RAFS v5" });
     }
-    let (sb, ext) = raw(bytes)?;
+    let sb: SuperBlock = read(bytes, SUPER, SUPER_OFFSET)?;
     if sb.magic.get() != EROFS_MAGIC {
         return Err(invalid_super(format!(
             "magic is {:#010x}, not {EROFS_MAGIC:#010x}: this is no RAFS bootstrap",
@@ -82,6 +82,7 @@ pub(super) fn check(bytes: &[u8]) -> Result<SuperInfo> {
     if sb.feature_compat.get() & COMPAT_RAFS_V6 == 0 {
         return Err(invalid_super("this is EROFS but not RAFS v6"));
     }
+    let ext: ExtSuperBlock = read(bytes, EXT, EXT_SUPER_OFFSET)?;
     let flags = ImageFlags::from_bits(ext.flags.get()).ok_or_else(|| {
         let unknown = ext.flags.get() & !ImageFlags::all().bits();
         invalid_ext(format!("unknown flags {unknown:#x}"))

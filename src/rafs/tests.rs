@@ -334,3 +334,64 @@ fn chunk_table_rules() {
     image[0x4000 + 80 + 72] = index;
     assert!(first_error(image).unwrap_err().contains("second record of chunk"));
 }
+
+#[test]
+fn a_lookup_notices_a_name_among_the_entries() {
+    let image = Bootstrap::from_bytes(changed(0x3060, &[0x10])).unwrap();
+    let root = image.inode(image.root()).unwrap().dir().unwrap();
+    let error = root.lookup(b"a").unwrap_err().to_string();
+    assert!(error.contains("name lies among the entries"), "{error}");
+}
+
+/// `depth` directories, each with the next as `d`; the `d` of the last one leads to `last`.
+fn nested(depth: u64, last: u64) -> Vec<u8> {
+    let mut image = example();
+    image.truncate(0x3000);
+    image[1184..1192].fill(0); // no chunk table
+    for i in 0..depth {
+        let nid = |i: u64| 128 + 4 * i;
+        let mut inode = vec![0; 64];
+        inode[0] = 5; // extended, inline
+        inode[4..6].copy_from_slice(&0o40755_u16.to_le_bytes());
+        inode[8] = 40;
+        inode[44] = 3; // links
+        let child = if i + 1 == depth { last } else { nid(i + 1) };
+        for (nid, name_offset) in [(nid(i), 36), (nid(i.saturating_sub(1)), 37), (child, 39)] {
+            inode.extend(nid.to_le_bytes());
+            inode.extend([name_offset, 0, 2, 0]);
+        }
+        inode.extend(b"...d");
+        inode.resize(128, 0);
+        image.extend(inode);
+    }
+    image.resize(image.len().next_multiple_of(4096), 0);
+    image
+}
+
+#[test]
+fn a_walk_ends_in_trees_without_end() {
+    // (image, paths, last error)
+    let depth = u64::try_from(super::walk::MAX_DEPTH).unwrap();
+    let cases = [
+        (nested(3, 128), 3, "second name of a dir"),
+        (nested(3, 128 + 8), 3, "second name of a dir"),
+        (nested(depth, 128), depth, "second name of a dir"),
+        (nested(depth + 50, 128), depth, "more than 2048 directories deep"),
+    ];
+    for (image, paths, message) in cases {
+        let image = Bootstrap::from_bytes(image).unwrap();
+        let (mut found, mut errors) = (0, Vec::new());
+        for item in image.walk() {
+            match item {
+                Ok(item) => {
+                    assert_eq!(item.path().len(), (item.depth * 2).max(1));
+                    found += 1;
+                }
+                Err(e) => errors.push(e.source.to_string()),
+            }
+        }
+        assert_eq!(found, paths);
+        let [error] = errors.as_slice() else { panic!("{errors:?}") };
+        assert!(error.contains(message), "{error}");
+    }
+}

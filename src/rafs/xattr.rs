@@ -112,3 +112,64 @@ fn split(bytes: &[u8]) -> std::result::Result<(Xattr<'_>, &[u8]), &'static str> 
     let padding = (name.len() + value.len()).next_multiple_of(4) - name.len() - value.len();
     Ok((Xattr { prefix, name, value }, rest.get(padding..).ok_or(LONG)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An area of these entries: name index, name, value.
+    fn area(entries: &[(u8, &[u8], &[u8])]) -> Vec<u8> {
+        let mut bytes = vec![0; 12];
+        for (index, name, value) in entries {
+            bytes.extend([u8::try_from(name.len()).unwrap(), *index]);
+            bytes.extend(u16::try_from(value.len()).unwrap().to_le_bytes());
+            bytes.extend(*name);
+            bytes.extend(*value);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+        }
+        bytes
+    }
+
+    #[test]
+    fn attributes_come_in_stored_order_and_by_name() {
+        // `user.k` = `v`, as it stands in v6-none, and two more.
+        let mut bytes = b"\0\0\0\0\0\0\0\0\0\0\0\0\x01\x01\x01\0kv\0\0".to_vec();
+        bytes.extend(&area(&[(6, b"capability", b"12345"), (2, b"", b"acl")])[12..]);
+        let xattrs = Xattrs::check(&bytes, 0).unwrap();
+        let names: Vec<_> = xattrs.clone().map(|x| x.full_name()).collect();
+        assert_eq!(names, [&b"user.k"[..], b"security.capability", b"system.posix_acl_access"]);
+        // (name, value)
+        let cases: [(&[u8], Option<&[u8]>); 7] = [
+            (b"user.k", Some(b"v")),
+            (b"security.capability", Some(b"12345")),
+            (b"system.posix_acl_access", Some(b"acl")),
+            (b"system.posix_acl_default", None),
+            (b"user.", None),
+            (b"k", None),
+            (b"", None),
+        ];
+        for (name, value) in cases {
+            assert_eq!(xattrs.clone().get(name), value, "{}", name.escape_ascii());
+        }
+        assert_eq!(Xattrs::check(&[], 0).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn areas_that_break_a_rule() {
+        let long = [b'n'; 251];
+        let mut cut = area(&[(1, b"k", b"v")]);
+        cut.pop();
+        let cases = [
+            ("one name twice", area(&[(1, b"k", b"v"), (4, b"k", b"v"), (1, b"k", b"w")])),
+            ("256 bytes with the prefix", area(&[(1, &long, b"")])),
+            ("a NUL in a name", area(&[(1, b"a\0b", b"")])),
+            ("an entry without its padding", cut),
+            ("no room for the header", vec![0; 8]),
+            ("zeros behind the last entry", [area(&[(1, b"k", b"v")]), vec![0; 4]].concat()),
+        ];
+        for (what, bytes) in cases {
+            assert!(Xattrs::check(&bytes, 0).is_err(), "{what}");
+        }
+        assert!(Xattrs::check(&area(&[(1, &long[1..], b"")]), 0).is_ok(), "255 bytes");
+    }
+}

@@ -6,10 +6,10 @@ use serde_json::Value;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::guest::{Guest, bootstrap, metadata, path};
-use crate::fuse::abi::{self, GetxattrIn, GetxattrOut, opcode};
+use rafsd::fuse::abi::{self, GetxattrIn, GetxattrOut, opcode};
 
 /// Images we read.
-const CASES: [&str; 11] = [
+pub const CASES: [&str; 11] = [
     "v6-zstd",
     "v6-lz4",
     "v6-none",
@@ -24,7 +24,7 @@ const CASES: [&str; 11] = [
 ];
 
 /// The entries of a case's `tree.json`.
-pub(super) fn tree(case: &str) -> Vec<Value> {
+pub fn tree(case: &str) -> Vec<Value> {
     let text = std::fs::read(path(case).join("tree.json")).unwrap();
     serde_json::from_slice::<Vec<Value>>(&text).unwrap()
 }
@@ -45,7 +45,7 @@ fn base64(text: &str) -> Vec<u8> {
 }
 
 /// Bytes of field `name`, which is `NAME` or `NAME_b64`.
-pub(super) fn bytes(entry: &Value, name: &str) -> Vec<u8> {
+pub fn bytes(entry: &Value, name: &str) -> Vec<u8> {
     match entry.get(name) {
         Some(text) => text.as_str().unwrap().as_bytes().to_vec(),
         None => base64(entry[format!("{name}_b64")].as_str().unwrap()),

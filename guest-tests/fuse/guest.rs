@@ -8,69 +8,69 @@ use tokio::runtime::Runtime;
 use vm_memory::VolatileSlice;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::fuse::abi::{self, Attr, EntryOut, InHeader, OutHeader, ReadIn, opcode};
-use crate::fuse::{
+use rafsd::fuse::abi::{self, Attr, EntryOut, InHeader, OutHeader, ReadIn, opcode};
+use rafsd::fuse::{
     Mounts, Outcome, Pins, RafsFs, RafsOptions, Reply, Request, Server, ServerOptions,
 };
-use crate::rafs::Bootstrap;
+use rafsd::rafs::Bootstrap;
 
 /// What waits run on.
-pub(super) static RUNTIME: LazyLock<Runtime> =
+pub static RUNTIME: LazyLock<Runtime> =
     LazyLock::new(|| tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap());
 
 /// A guest with one mount.
-pub(super) struct Guest {
-    pub(super) server: Server,
+pub struct Guest {
+    pub server: Server,
     next: AtomicU64,
 }
 
 /// Bytes of an answer behind its header, or the errno.
-pub(super) type Answer = Result<Vec<u8>, i32>;
+pub type Answer = Result<Vec<u8>, i32>;
 
 /// One entry of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Listed {
-    pub(super) name: Vec<u8>,
-    pub(super) ino: u64,
-    pub(super) off: u64,
-    pub(super) kind: u32,
+pub struct Listed {
+    pub name: Vec<u8>,
+    pub ino: u64,
+    pub off: u64,
+    pub kind: u32,
     /// READDIRPLUS only.
-    pub(super) entry: Option<EntryOut>,
+    pub entry: Option<EntryOut>,
 }
 
-pub(super) fn path(case: &str) -> PathBuf {
+pub fn path(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-tests/golden").join(case)
 }
 
-pub(super) fn bootstrap(case: &str) -> Bootstrap {
+pub fn bootstrap(case: &str) -> Bootstrap {
     Bootstrap::open(&path(case).join("bootstrap")).unwrap()
 }
 
 /// An image of which no file data is read.
-pub(super) fn metadata(image: Bootstrap) -> Arc<Mounts> {
+pub fn metadata(image: Bootstrap) -> Arc<Mounts> {
     Mounts::single(RafsFs::new(image, Vec::new(), RafsOptions::default()))
 }
 
 impl Guest {
     /// A guest that has not said INIT.
-    pub(super) fn unmounted(mounts: Arc<Mounts>, options: ServerOptions) -> Guest {
+    pub fn unmounted(mounts: Arc<Mounts>, options: ServerOptions) -> Guest {
         Guest { server: Server::new(mounts, options), next: AtomicU64::new(1) }
     }
 
     /// A guest that sends every OPEN.
-    pub(super) fn mount(mounts: Arc<Mounts>) -> Guest {
+    pub fn mount(mounts: Arc<Mounts>) -> Guest {
         let options = ServerOptions { zero_message_open: false, ..Default::default() };
         let guest = Guest::unmounted(mounts, options);
         guest.init(45, u32::MAX).unwrap();
         guest
     }
 
-    pub(super) fn init(&self, minor: u32, flags: u32) -> Answer {
+    pub fn init(&self, minor: u32, flags: u32) -> Answer {
         let init = abi::InitIn { major: 7, minor, flags, ..Default::default() };
         self.ask(opcode::INIT, 0, init.as_bytes(), 64)
     }
 
-    pub(super) fn request(&self, opcode: u32, nodeid: u64, body: &[u8]) -> Request {
+    pub fn request(&self, opcode: u32, nodeid: u64, body: &[u8]) -> Request {
         let len = u32::try_from(size_of::<InHeader>() + body.len()).unwrap();
         let unique = self.next.fetch_add(2, Ordering::Relaxed);
         let header = InHeader { len, opcode, unique, nodeid, ..Default::default() };
@@ -78,13 +78,13 @@ impl Guest {
     }
 
     /// Sends a request with `room` bytes for what follows the header of the answer.
-    pub(super) fn ask(&self, opcode: u32, nodeid: u64, body: &[u8], room: usize) -> Answer {
+    pub fn ask(&self, opcode: u32, nodeid: u64, body: &[u8], room: usize) -> Answer {
         let request = self.request(opcode, nodeid, body);
         self.send(&request, room).expect("an answer")
     }
 
     /// Sends any request; `None` if it wants no answer. Waits as often as it takes.
-    pub(super) fn send(&self, request: &Request, room: usize) -> Option<Answer> {
+    pub fn send(&self, request: &Request, room: usize) -> Option<Answer> {
         let mut pins = Pins::default();
         loop {
             let mut memory = vec![0xAA; size_of::<OutHeader>() + room + 64];
@@ -121,23 +121,18 @@ impl Guest {
     }
 
     /// Sends a request whose answer is a `T`.
-    pub(super) fn get<T: FromBytes>(
-        &self,
-        opcode: u32,
-        nodeid: u64,
-        body: &[u8],
-    ) -> Result<T, i32> {
+    pub fn get<T: FromBytes>(&self, opcode: u32, nodeid: u64, body: &[u8]) -> Result<T, i32> {
         let answer = self.ask(opcode, nodeid, body, size_of::<T>())?;
         Ok(T::read_from_bytes(&answer).unwrap_or_else(|_| panic!("{} bytes", answer.len())))
     }
 
     /// LOOKUP; a name that is not there has node id 0.
-    pub(super) fn lookup(&self, parent: u64, name: &[u8]) -> Result<EntryOut, i32> {
+    pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<EntryOut, i32> {
         self.get(opcode::LOOKUP, parent, &[name, b"\0"].concat())
     }
 
     /// The node at an absolute path.
-    pub(super) fn at(&self, path: &[u8]) -> u64 {
+    pub fn at(&self, path: &[u8]) -> u64 {
         path.split(|&b| b == b'/').filter(|name| !name.is_empty()).fold(1, |node, name| {
             let entry = self.lookup(node, name).unwrap();
             assert_ne!(entry.nodeid, 0, "no {}", name.escape_ascii());
@@ -145,23 +140,17 @@ impl Guest {
         })
     }
 
-    pub(super) fn attr(&self, node: u64) -> Result<Attr, i32> {
+    pub fn attr(&self, node: u64) -> Result<Attr, i32> {
         self.get::<abi::AttrOut>(opcode::GETATTR, node, &[0; 16]).map(|out| out.attr)
     }
 
-    pub(super) fn read(&self, node: u64, offset: u64, size: u32) -> Answer {
+    pub fn read(&self, node: u64, offset: u64, size: u32) -> Answer {
         let args = ReadIn { offset, size, ..Default::default() };
         self.ask(opcode::READ, node, args.as_bytes(), usize::try_from(size).unwrap())
     }
 
     /// One READDIR or READDIRPLUS.
-    pub(super) fn list(
-        &self,
-        node: u64,
-        cookie: u64,
-        size: u32,
-        plus: bool,
-    ) -> Result<Vec<Listed>, i32> {
+    pub fn list(&self, node: u64, cookie: u64, size: u32, plus: bool) -> Result<Vec<Listed>, i32> {
         let args = ReadIn { offset: cookie, size, ..Default::default() };
         let opcode = if plus { opcode::READDIRPLUS } else { opcode::READDIR };
         // More room than asked for: `size` is what counts.
@@ -187,7 +176,7 @@ impl Guest {
     }
 
     /// All of a directory, in pieces of `size` bytes.
-    pub(super) fn list_all(&self, node: u64, size: u32, plus: bool) -> Vec<Listed> {
+    pub fn list_all(&self, node: u64, size: u32, plus: bool) -> Vec<Listed> {
         let mut all: Vec<Listed> = vec![];
         loop {
             let cookie = all.last().map_or(0, |last| last.off);

@@ -1,10 +1,10 @@
 //! Listings that stop and go on anywhere.
 
 use super::guest::{Guest, Listed, bootstrap, metadata, path};
-use crate::rafs::Bootstrap;
+use rafsd::rafs::Bootstrap;
 
 /// The worked example with a root of `count` names, all of one empty file.
-pub(super) fn large_directory(count: usize) -> Bootstrap {
+pub fn large_directory(count: usize) -> Bootstrap {
     let mut image = std::fs::read(path("v6-none").join("bootstrap")).unwrap();
     let file = {
         let image = Bootstrap::from_bytes(image.clone()).unwrap();

@@ -7,8 +7,8 @@ use vm_memory::VolatileSlice;
 use zerocopy::IntoBytes;
 
 use super::guest::{Guest, bootstrap, metadata};
-use crate::fuse::abi::{InHeader, opcode};
-use crate::fuse::{Outcome, Pins, Reply, Request};
+use rafsd::fuse::abi::{InHeader, opcode};
+use rafsd::fuse::{Outcome, Pins, Reply, Request};
 
 /// Every inode of an image, by its own account.
 fn inodes(case: &str) -> BTreeSet<u64> {
@@ -105,7 +105,7 @@ proptest! {
         let guest = seasoned();
         let len = u32::try_from(size_of::<InHeader>() + body.len()).unwrap();
         let header = InHeader { len, opcode, unique: 99, nodeid: node, ..Default::default() };
-        // File data needs blobs; `golden` reads it.
+        // File data needs blobs; `content` reads it.
         if opcode != opcode::READ {
             send_raw(&guest, &[header.as_bytes(), &body].concat(), &buffers);
         }
@@ -123,7 +123,7 @@ proptest! {
         for (at, byte) in changes {
             bytes[at] = byte;
         }
-        if let Ok(image) = crate::rafs::Bootstrap::from_bytes(bytes) {
+        if let Ok(image) = rafsd::rafs::Bootstrap::from_bytes(bytes) {
             let guest = Guest::mount(metadata(image));
             for nid in nodes {
                 let node = 1 << 48 | nid;

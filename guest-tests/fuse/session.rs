@@ -5,8 +5,8 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::guest::{Guest, bootstrap, metadata};
-use crate::fuse::abi::{self, opcode};
-use crate::fuse::{Mounts, Outcome, Pins, Reply, ServerOptions};
+use rafsd::fuse::abi::{self, opcode};
+use rafsd::fuse::{Mounts, Outcome, Pins, Reply, ServerOptions};
 
 fn mounts() -> Arc<Mounts> {
     metadata(bootstrap("v6-none"))

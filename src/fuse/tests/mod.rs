@@ -1,7 +1,0 @@
-//! The whole room at work: requests in, answers out, over the golden images.
-
-mod golden;
-mod guest;
-mod hostile;
-mod listing;
-mod session;
