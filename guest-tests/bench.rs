@@ -7,6 +7,7 @@
 mod support;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -296,8 +297,12 @@ fn measure(workload: &Workload, contenders: &[&Contender], args: &Args) -> Resul
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    say(format!("\n{}: {}\n{table}", workload.name, workload.what));
-    Ok(())
+    print(format_args!("\n{}: {}\n{table}", workload.name, workload.what))
+}
+
+/// The result, on standard output; progress goes to standard error.
+fn print(text: std::fmt::Arguments<'_>) -> Result<()> {
+    writeln!(std::io::stdout(), "{text}").context("writing the results")
 }
 
 /// The machine, for whoever reads the figures later.
@@ -323,12 +328,12 @@ fn main() -> Result<()> {
     let args = Args::parse();
     anyhow::ensure!(args.runs > 0 && !args.files.is_empty(), "nothing to do");
     let scratch = tempfile::tempdir()?;
-    say(format!(
+    print(format_args!(
         "rafsd {} on {}, medians of {} runs (best–worst)",
         env!("CARGO_PKG_VERSION"),
         machine(),
         args.runs
-    ));
+    ))?;
     let mut contenders = Vec::new();
     for &files in &args.files {
         let dir = scratch.path().join(files.to_string());

@@ -257,17 +257,21 @@ impl Daemon {
         usage_of(self.child.id()).expect("the daemon runs")
     }
 
-    /// CPU time used so far, user and system.
+    /// CPU time used so far by all threads, those that have ended included, to the nanosecond.
     pub fn cpu_time(&self) -> Duration {
-        let stat =
-            fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
-        // Fields behind the command's closing bracket; utime and stime are the 12th and 13th there.
-        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or("").split(' ').collect();
-        let ticks: u64 = [11, 12].iter().filter_map(|&i| fields.get(i)?.parse::<u64>().ok()).sum();
-        // SAFETY: no pointers involved.
-        let hz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-        let hz = u64::try_from(hz).unwrap_or(100).max(1);
-        Duration::from_micros(ticks * 1_000_000 / hz)
+        let pid = libc::pid_t::try_from(self.child.id()).expect("pids fit");
+        let mut clock = 0;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: both calls only write the variables that they are given.
+        let failed = unsafe {
+            libc::clock_getcpuclockid(pid, &raw mut clock) != 0
+                || libc::clock_gettime(clock, &raw mut time) != 0
+        };
+        if failed {
+            return Duration::ZERO;
+        }
+        let part = |value: i64| u64::try_from(value).unwrap_or(0);
+        Duration::from_secs(part(time.tv_sec)) + Duration::from_nanos(part(time.tv_nsec))
     }
 }
 
