@@ -55,10 +55,9 @@ fn load_until(
 #[test]
 fn fifty_kills_leave_no_wrong_byte() {
     let scratch = tempfile::tempdir().expect("a scratch directory");
-    // Two blobs' worth of work on either path: chunks that are copied and chunks that are unpacked.
     let seed = u64::from(std::process::id());
     let mut rng = Rng::new(seed);
-    let image = Image::build(scratch.path(), 12, 4 << 20, 64 << 10, "zstd").expect("an image");
+    let image = Image::build(scratch.path(), 28, 4 << 20, 64 << 10, "zstd").expect("an image");
     let backend = HangFs::mount(&image.blobs, &scratch.path().join("backend")).expect("a backend");
     // Slow enough that every round finds work that is not done yet.
     backend.set(Mode::Slow(Duration::from_millis(15)));
