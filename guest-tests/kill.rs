@@ -9,7 +9,7 @@ use support::fuse_client::{Fuse, FuseError};
 use support::hang_fs::{HangFs, Mode};
 use support::image::{Image, pattern};
 use support::rng::Rng;
-use support::say;
+use support::{assert_same, say};
 
 const ROUNDS: u64 = 50;
 const READ: usize = 16 << 10;
@@ -37,11 +37,7 @@ fn load_until(
                 let (file, offset) = sent.remove(&reply.ticket).expect("one of ours");
                 let left = usize::try_from(image.file_size - offset).expect("small");
                 assert_eq!(reply.errno, 0, "read of file {file} at {offset}");
-                assert_eq!(
-                    reply.bytes(),
-                    pattern(file, offset, READ.min(left)),
-                    "{file} at {offset}"
-                );
+                assert_same(&reply.bytes(), &pattern(file, offset, READ.min(left)), "under load");
                 fuse.recycle(reply);
                 checked += 1;
             }
