@@ -19,7 +19,7 @@ use support::rng::Rng;
 use support::virtqueue::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, Used, Virtqueue, put_desc,
 };
-use support::{say, to_u32};
+use support::{assert_same, say, to_u32};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How long the device may take to give a malformed chain back.
@@ -226,7 +226,7 @@ impl Stage {
         let offset = 1000 + self.cases as u64;
         let got = self.fuse.read(self.node, 0, offset, 5000);
         let got = got.unwrap_or_else(|e| panic!("{name}: next read: {e}\n{}", self.daemon.log()));
-        assert_eq!(got, pattern(0, offset, 5000), "{name}: next read");
+        assert_same(&got, &pattern(0, offset, 5000), format_args!("{name}: next read"));
         self.nothing_more(name);
         if self.cases.is_multiple_of(8) {
             let attr = self.other.getattr(self.node);
@@ -629,7 +629,7 @@ fn malformed_requests(stage: &mut Stage) {
                 let have = 300_000u64.saturating_sub(offset).min(u64::from(size));
                 if header.error == 0 {
                     assert!(body.len() as u64 <= have, "{name}");
-                    assert_eq!(body, pattern(0, offset.min(300_000), body.len()), "{name}");
+                    assert_same(&body, &pattern(0, offset.min(300_000), body.len()), &name);
                 }
             }
             stage.after(&name);

@@ -11,7 +11,7 @@ use support::hang_fs::{HangFs, Mode};
 use support::image::{Image, pattern};
 use support::memory::{Layout, MIB};
 use support::rng::Rng;
-use support::say;
+use support::{assert_same, say};
 
 fn small_guest(vmm: Vmm) -> VmConfig {
     VmConfig { vmm, queue_size: 128, memory: Layout::flat(64 * MIB), ..VmConfig::default() }
@@ -25,7 +25,8 @@ fn visit(daemon: &Daemon, vmm: Vmm, image: &Image) -> Vm {
     let mut fuse = vm.fuse(1);
     fuse.init().expect("INIT");
     let node = fuse.resolve(b"/f0000").expect("a file");
-    assert_eq!(fuse.read(node, 0, 777, 4096).expect("a read"), pattern(0, 777, 4096));
+    let got = fuse.read(node, 0, 777, 4096).expect("a read");
+    assert_same(&got, &pattern(0, 777, 4096), "a visitor's read");
     let mut hiprio = vm.fuse(0);
     hiprio.forget(node, 1).expect("FORGET");
     assert_eq!(image.files, 4);

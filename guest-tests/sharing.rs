@@ -15,7 +15,7 @@ use support::fuse_client::{Fuse, FuseError};
 use support::hang_fs::{HangFs, Mode};
 use support::image::{Image, pattern};
 use support::rng::Rng;
-use support::say;
+use support::{assert_same, say};
 
 struct Guest {
     daemon: Daemon,
@@ -100,7 +100,7 @@ fn a_lying_backend_gives_eio_with_its_cause_and_recovers() {
                 for offset in (0..image.file_size).step_by(32 << 10) {
                     match guest.fuse.read(guest.nodes[file], 0, offset, 32 << 10) {
                         Ok(got) => {
-                            assert_eq!(got, pattern(file, offset, 32 << 10), "{file} at {offset}");
+                            assert_same(&got, &pattern(file, offset, 32 << 10), name);
                             right += 1;
                         }
                         Err(FuseError::Errno(libc::EIO)) => failed += 1,

@@ -36,3 +36,13 @@ pub fn say(line: impl std::fmt::Display) {
     // A closed stderr is no reason to fail a test.
     let _ = writeln!(std::io::stderr(), "{line}");
 }
+
+/// Compares content, and on a difference says where it is rather than print all of it.
+#[track_caller]
+pub fn assert_same(got: &[u8], want: &[u8], what: impl std::fmt::Display) {
+    if got != want {
+        let at = got.iter().zip(want).take_while(|(got, want)| got == want).count();
+        let (have, should) = (got.len(), want.len());
+        panic!("{what}: {have} bytes, should be {should}, different from byte {at} on");
+    }
+}
