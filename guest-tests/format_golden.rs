@@ -1,34 +1,17 @@
 //! The golden images, read by our format room, are what their `tree.json` says.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
+#[path = "support/golden_cases.rs"]
+mod golden_cases;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use golden_cases::{READABLE, golden};
 use rafsd::rafs::id::{BlobId, BlobIndex, ChunkIndex, Nid};
 use rafsd::rafs::toc::PackedBlob;
 use rafsd::rafs::{Bootstrap, FileKind, FormatError, WalkItem};
 use serde_json::{Value, json};
-
-/// Case, bootstrap, tree.
-const READ: [(&str, &str, &str); 13] = [
-    ("v6-zstd", "bootstrap", "tree.json"),
-    ("v6-lz4", "bootstrap", "tree.json"),
-    ("v6-none", "bootstrap", "tree.json"),
-    ("v6-sha256", "bootstrap", "tree.json"),
-    ("v6-blake3", "bootstrap", "tree.json"),
-    ("v6-batch", "bootstrap", "tree.json"),
-    ("v6-two-layers", "bootstrap", "tree.json"),
-    ("v6-two-layers", "lower-bootstrap", "lower-tree.json"),
-    ("v6-chunkdict", "bootstrap", "tree.json"),
-    ("v6-chunkdict", "dict-bootstrap", "dict-tree.json"),
-    ("v6-oci-packed", "bootstrap", "tree.json"),
-    ("v6-merged", "bootstrap", "tree.json"),
-    ("v6-empty", "bootstrap", "tree.json"),
-];
-
-fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-tests/golden").join(case)
-}
 
 fn open(case: &str, bootstrap: &str) -> Bootstrap {
     let path = golden(case).join(bootstrap);
@@ -97,7 +80,7 @@ fn described(item: &WalkItem<'_>) -> Value {
 
 #[test]
 fn metadata_is_what_the_tree_says() {
-    for (case, bootstrap, tree) in READ {
+    for (case, bootstrap, tree) in READABLE {
         let want: Vec<Value> =
             serde_json::from_slice(&std::fs::read(golden(case).join(tree)).unwrap()).unwrap();
         let key =
@@ -125,7 +108,7 @@ fn metadata_is_what_the_tree_says() {
 
 #[test]
 fn every_name_is_found_and_others_are_not() {
-    for (case, bootstrap, _) in READ {
+    for (case, bootstrap, _) in READABLE {
         let image = open(case, bootstrap);
         for item in image.walk() {
             let item = item.unwrap();
@@ -151,7 +134,7 @@ fn every_name_is_found_and_others_are_not() {
 
 #[test]
 fn chunks_agree_with_the_chunk_table() {
-    for (case, bootstrap, _) in READ {
+    for (case, bootstrap, _) in READABLE {
         let image = open(case, bootstrap);
         let tables: Vec<_> =
             image.blobs().iter().map(|b| image.chunk_digests(b.index).unwrap()).collect();

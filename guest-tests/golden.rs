@@ -4,7 +4,8 @@ mod support;
 
 use support::daemon::Launch;
 use support::frontend::VmConfig;
-use support::golden::{self, How, SERVED};
+use support::golden::{self, How};
+use support::golden_cases::READABLE;
 
 /// Serves one image and reads it in every way, cold and then warm.
 fn reads_as_written(launch: &Launch, tree: &golden::Tree, name: &str) {
@@ -27,7 +28,7 @@ fn reads_as_written(launch: &Launch, tree: &golden::Tree, name: &str) {
 
 #[test]
 fn every_served_image_reads_as_its_tree_says() {
-    for (name, bootstrap, tree) in SERVED {
+    for (name, bootstrap, tree) in READABLE {
         let scratch = tempfile::tempdir().expect("a scratch directory");
         let case = golden::case_of(name, bootstrap, tree);
         let launch = case.launch(scratch.path());

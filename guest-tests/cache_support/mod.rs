@@ -2,10 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+#[path = "../support/golden_cases.rs"]
+mod golden_cases;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,6 +16,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
+#[allow(unused_imports, reason = "each test program uses a part of it")]
+pub use golden_cases::{READABLE, golden};
 use rafsd::backend::{Backend, BackendError, ByteStream, LocalFs, LocalFsConfig};
 use rafsd::blob::{Blob, ChunkData, ChunkError, ChunkRef, Store, StoreConfig};
 use rafsd::rafs::id::{BlobId, BlobIndex, ChunkIndex};
@@ -22,10 +27,6 @@ use tokio::runtime::Runtime;
 
 /// Long enough for anything that is meant to succeed, also on a busy machine.
 pub const PATIENT: Duration = Duration::from_secs(60);
-
-pub fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-tests/golden").join(case)
-}
 
 pub fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()

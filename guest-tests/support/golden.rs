@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::daemon::Launch;
 use super::fuse_abi::{Attr, EntryOut, ROOT_ID};
 use super::fuse_client::{Fuse, FuseError};
+use super::golden_cases;
 use super::rng::Rng;
 use super::to_usize;
 
@@ -156,33 +157,12 @@ pub struct Case {
     pub tree: PathBuf,
 }
 
-/// Cases that are served; those with a second bootstrap in the same folder come again under it.
-pub const SERVED: [(&str, &str, &str); 13] = [
-    ("v6-zstd", "bootstrap", "tree.json"),
-    ("v6-lz4", "bootstrap", "tree.json"),
-    ("v6-none", "bootstrap", "tree.json"),
-    ("v6-sha256", "bootstrap", "tree.json"),
-    ("v6-blake3", "bootstrap", "tree.json"),
-    ("v6-batch", "bootstrap", "tree.json"),
-    ("v6-two-layers", "bootstrap", "tree.json"),
-    ("v6-two-layers", "lower-bootstrap", "lower-tree.json"),
-    ("v6-chunkdict", "bootstrap", "tree.json"),
-    ("v6-chunkdict", "dict-bootstrap", "dict-tree.json"),
-    ("v6-oci-packed", "bootstrap", "tree.json"),
-    ("v6-merged", "bootstrap", "tree.json"),
-    ("v6-empty", "bootstrap", "tree.json"),
-];
-
-pub fn golden_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-tests/golden")
-}
-
 pub fn case(name: &'static str) -> Case {
     case_of(name, "bootstrap", "tree.json")
 }
 
 pub fn case_of(name: &'static str, bootstrap: &str, tree: &str) -> Case {
-    let dir = golden_dir().join(name);
+    let dir = golden_cases::golden(name);
     Case { name, bootstrap: dir.join(bootstrap), blobs: dir.join("blobs"), tree: dir.join(tree) }
 }
 

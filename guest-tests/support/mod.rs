@@ -14,6 +14,7 @@ pub mod frontend;
 pub mod fuse_abi;
 pub mod fuse_client;
 pub mod golden;
+pub mod golden_cases;
 pub mod hang_fs;
 pub mod image;
 pub mod memory;
