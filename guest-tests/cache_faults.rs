@@ -43,7 +43,9 @@ fn every_waiter_of_a_hung_backend_ends_at_its_own_deadline() {
     let image = open("v6-zstd");
     let scripted = Arc::new(Scripted::new("v6-zstd", &image));
     let dir = tempfile::tempdir().unwrap();
-    let store = store(dir.path(), &runtime);
+    let mut config = StoreConfig::new(dir.path());
+    config.stall_timeout = Duration::from_secs(1);
+    let store = Store::new(config, runtime.handle().clone()).unwrap();
     let blob = open_blobs(&store, &image, &scripted).remove(0);
     let all = chunks(&image);
     let warm = all[0];
@@ -53,10 +55,10 @@ fn every_waiter_of_a_hung_backend_ends_at_its_own_deadline() {
         scripted.set(mode.clone());
         let start = Instant::now();
         let cold = *all.last().unwrap();
-        let waiters: Vec<_> = (0..1000u64)
+        let waiters: Vec<_> = (0..1000usize)
             .map(|i| {
-                let deadline = start + Duration::from_millis(200 + i % 2 * 400);
-                let chunk = if i % 3 == 0 { all[1 + i as usize % (all.len() - 1)] } else { cold };
+                let deadline = start + Duration::from_millis(if i % 2 == 0 { 200 } else { 600 });
+                let chunk = if i % 3 == 0 { all[1 + i % (all.len() - 1)] } else { cold };
                 let wait = blob.fetch(vec![chunk], deadline);
                 runtime.spawn(async move {
                     let result = wait.await.remove(0);
@@ -355,7 +357,8 @@ fn forged(case: &str) -> (Bootstrap, Scripted) {
     let at = usize::try_from(image.chunk_table_offset()).unwrap();
     for (i, record) in image.chunk_records().iter().enumerate() {
         let start = usize::try_from(record.compressed_offset.get()).unwrap();
-        let chunk = &mut bytes[start..start + record.compressed_size.get() as usize];
+        let chunk =
+            &mut bytes[start..start + usize::try_from(record.compressed_size.get()).unwrap()];
         chunk[0] ^= 0xFF;
         let digest = blob.digester.digest(chunk);
         bootstrap[at + i * 80..at + i * 80 + 32].copy_from_slice(&digest);
@@ -483,7 +486,9 @@ fn a_directory_that_hangs_leaves_the_blocking_pool_to_others() {
     // It answers again: every read goes on.
     let opened: Vec<_> = ids
         .iter()
-        .map(|id| fs::File::options().write(true).open(dir.path().join(id.as_str())).unwrap())
+        .map(|id| {
+            fs::File::options().read(true).write(true).open(dir.path().join(id.as_str())).unwrap()
+        })
         .collect();
     for size in sizes {
         runtime.block_on(size).unwrap().unwrap();

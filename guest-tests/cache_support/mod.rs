@@ -225,8 +225,8 @@ impl Backend for Scripted {
                 tokio::time::sleep(self.latency).await;
             }
             let whole = &self.blobs[&blob];
-            let (start, end) = (range.start as usize, range.end as usize);
-            let mut bytes = whole.slice(start..end);
+            let place = |at: u64| usize::try_from(at).unwrap();
+            let mut bytes = whole.slice(place(range.start)..place(range.end));
             let mode = self.mode.lock().unwrap().clone();
             match mode {
                 Mode::Hang => std::future::pending().await,
@@ -234,7 +234,7 @@ impl Backend for Scripted {
                 Mode::Short => bytes.truncate(bytes.len() / 2),
                 Mode::Flip(at) | Mode::FlipOnce(at) if range.contains(&at) => {
                     let mut wrong = bytes.to_vec();
-                    wrong[(at - range.start) as usize] ^= 0x10;
+                    wrong[place(at - range.start)] ^= 0x10;
                     bytes = wrong.into();
                 }
                 _ => {}

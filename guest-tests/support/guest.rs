@@ -190,6 +190,12 @@ impl Guest {
             self.machine,
             tail(&report.console)
         );
+        ensure!(
+            !report.console.contains("Kernel panic"),
+            "{:?} panicked\n{}",
+            self.machine,
+            tail(&report.console)
+        );
         Ok(report)
     }
 

@@ -11,8 +11,9 @@ use rafsd::build;
 #[derive(Parser)]
 #[command(name = "rafs", version, max_term_width = 100)]
 struct Cli {
-    /// What to log: error, warn, info, debug or trace.
+    /// What to log: off, error, warn, info, debug or trace.
     #[arg(short = 'l', long, global = true, value_name = "LEVEL", default_value = "warn")]
+    #[arg(display_order = 1000)]
     log_level: log::LevelFilter,
 
     #[command(subcommand)]
@@ -22,6 +23,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Create(build::create::Args),
+    Inspect(build::inspect::Args),
+    Check(build::check::Args),
 }
 
 fn main() -> ExitCode {
@@ -30,8 +33,13 @@ fn main() -> ExitCode {
     env_logger::Builder::new().filter_level(cli.log_level).format_timestamp(None).init();
     let result = match cli.command {
         Command::Create(args) => build::create::run(args),
+        Command::Inspect(args) => build::inspect::run(args),
+        Command::Check(args) => build::check::run(args),
     };
     result.unwrap_or_else(|e| {
+        if let Some(usage) = e.downcast_ref::<clap::Error>() {
+            usage.exit();
+        }
         let message = format!("rafs: {e:#}\n");
         // Nobody is left to tell if this fails.
         std::io::stderr().write_all(message.as_bytes()).ok();

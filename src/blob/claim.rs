@@ -66,7 +66,7 @@ fn lock(file: &File, command: i32, kind: i32, range: &Range<u64>) -> io::Result<
     let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
     let flock = libc::flock {
         l_type: libc::c_short::try_from(kind).map_err(invalid)?,
-        l_whence: const { libc::SEEK_SET as libc::c_short },
+        l_whence: libc::c_short::try_from(libc::SEEK_SET).map_err(invalid)?,
         l_start: i64::try_from(range.start).map_err(invalid)?,
         l_len: i64::try_from(range.end - range.start).map_err(invalid)?,
         l_pid: 0,

@@ -6,7 +6,7 @@
 //! verify and write each unit as soon as its bytes have come ([`Unit::accept`]). Nobody who waits
 //! for a claim of another process holds bytes of the budget or a claim that somebody needs.
 
-use std::future::Future;
+use std::future::{Future, ready};
 use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::cache_file::{CacheFiles, Geometry};
@@ -89,10 +89,10 @@ impl Blob {
                 biased;
                 done = slot.done() => Some(done),
                 () = &mut sleep, if late.is_none() => None,
-                () = std::future::ready(()), if late.is_some() => None,
+                () = ready(()), if late.is_some() => None,
             };
             results.push(match (done, &late) {
-                (Some(all), _) => all.get(member).cloned().unwrap_or_else(|| Ok(ChunkData::Cached)),
+                (Some(all), _) => all.get(member).cloned().unwrap_or(Ok(ChunkData::Cached)),
                 (None, Some(error)) => Err(error.clone()),
                 (None, None) => {
                     let error = Arc::new(self.give_up(chunk.index.0, timeout(started, &slot)));
@@ -638,8 +638,7 @@ struct Incoming {
 impl Incoming {
     async fn open(blob: &Blob, range: Range<u64>) -> Result<Incoming, Failure> {
         add(&blob.store.counters.fetch_requests_total, 1);
-        let opened = blob.backend.read(&blob.info.id, range.clone()).await;
-        let stream = opened.map_err(|e| blob.backend_failed(e))?;
+        let stream = blob.answer(blob.backend.read(&blob.info.id, range.clone())).await?;
         Ok(Incoming { stream, buffer: Bytes::new(), position: range.start, end: range.end })
     }
 
@@ -673,8 +672,9 @@ impl Incoming {
                     return Ok(collected.into());
                 }
             }
-            match self.stream.next().await {
-                Some(Ok(bytes)) => {
+            let next = self.stream.next().map(Option::transpose);
+            match blob.answer(next).await? {
+                Some(bytes) => {
                     if !bytes.is_empty() {
                         limit.progress();
                         blob.backend_works();
@@ -682,7 +682,6 @@ impl Incoming {
                     add(&blob.store.counters.fetched_bytes_total, bytes.len() as u64);
                     self.buffer = bytes;
                 }
-                Some(Err(e)) => return Err(blob.backend_failed(e)),
                 None => {
                     return Err(blob.backend_failed(BackendError::ShortRead {
                         source_name: blob.backend.name().to_owned(),
@@ -696,6 +695,21 @@ impl Incoming {
 }
 
 impl Blob {
+    /// What the backend answers, unless it is silent for too long.
+    async fn answer<T>(
+        &self,
+        answer: impl Future<Output = Result<T, BackendError>>,
+    ) -> Result<T, Failure> {
+        let after = self.store.config.stall_timeout;
+        let end = Instant::now() + after;
+        let silent = || {
+            let source_name = self.backend.name().to_owned();
+            Err(BackendError::Timeout { source_name, after })
+        };
+        let answer = within(&self.store, || end, answer).await.unwrap_or_else(silent);
+        answer.map_err(|e| self.backend_failed(e))
+    }
+
     fn backend_failed(&self, error: BackendError) -> Failure {
         self.store.counters.count_backend_error(&error);
         if !self.backend_down.swap(true, Ordering::Relaxed) {
@@ -757,7 +771,7 @@ impl Blob {
     pub(super) async fn blob_size<R: Clone>(&self, slot: &Slot<R>) -> Result<u64, ChunkFailure> {
         self.attempt(slot, 0..0, || async {
             add(&self.store.counters.fetch_requests_total, 1);
-            self.backend.size(&self.info.id).await.map_err(|e| self.backend_failed(e))
+            self.answer(self.backend.size(&self.info.id)).await
         })
         .await
     }

@@ -30,6 +30,9 @@ pub struct StoreConfig {
     pub cache_dir: PathBuf,
     /// How long a reader should wait for a chunk: [`Store::deadline`] is this far away.
     pub read_timeout: Duration,
+    /// How long a backend may send nothing before its request is given up and sent anew. For
+    /// backends that do not notice themselves, so longer than their own timeouts.
+    pub stall_timeout: Duration,
     /// Most bytes of chunks, stored and uncompressed, that are on their way at once. A single
     /// larger chunk is let through alone.
     pub in_flight_bytes: u64,
@@ -38,12 +41,13 @@ pub struct StoreConfig {
 }
 
 impl StoreConfig {
-    /// 30 s, 64 MiB, two workers for each processor.
+    /// 30 s, 10 s, 64 MiB, two workers for each processor.
     pub fn new(cache_dir: impl Into<PathBuf>) -> Self {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
         StoreConfig {
             cache_dir: cache_dir.into(),
             read_timeout: Duration::from_secs(30),
+            stall_timeout: Duration::from_secs(10),
             in_flight_bytes: 64 << 20,
             workers: (2 * processors).clamp(4, 64),
         }

@@ -96,7 +96,8 @@ impl Table {
 
     /// What chunk `index` is compared with.
     pub fn proof(&self, index: ChunkIndex) -> Proof {
-        if let Some(digest) = self.digests.get(index).copied().or_else(|| self.from_section(index))
+        if let Some(digest) =
+            self.digests.get(index).copied().or_else(|| self.section_digest(index))
         {
             return Proof::Digest(digest);
         }
@@ -106,7 +107,7 @@ impl Table {
         }
     }
 
-    fn from_section(&self, index: ChunkIndex) -> Option<[u8; 32]> {
+    fn section_digest(&self, index: ChunkIndex) -> Option<[u8; 32]> {
         let at = usize::try_from(index.0).ok()?.checked_mul(32)?;
         self.section.get()?.get(at..at + 32)?.try_into().ok()
     }
@@ -222,12 +223,12 @@ impl Load {
     }
 
     async fn table(&self) -> Result<Table, ChunkFailure> {
-        if let Some(table) = self.from_cache().await? {
+        if let Some(table) = self.saved().await? {
             return Ok(table);
         }
         let claim = self.claim().await?;
         if claim.is_some()
-            && let Some(table) = self.from_cache().await?
+            && let Some(table) = self.saved().await?
         {
             return Ok(table); // whoever held the claim has fetched it
         }
@@ -276,7 +277,7 @@ impl Load {
         }
     }
 
-    async fn from_cache(&self) -> Result<Option<Table>, ChunkFailure> {
+    async fn saved(&self) -> Result<Option<Table>, ChunkFailure> {
         let blob = self.blob.clone();
         self.blob
             .on_worker(move || {

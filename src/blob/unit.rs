@@ -29,6 +29,10 @@ pub type ChunkResult = Result<ChunkData, Arc<ChunkError>>;
 /// A unit on its way: results of its chunks, in order.
 pub type UnitSlot = Slot<Arc<[ChunkResult]>>;
 
+/// What chunks are padded to in the cache file, in bytes.
+const BLOCK: usize = 4096;
+const _: () = assert!(BLOCK as u64 == BLOCK_SIZE);
+
 /// Largest buffer that is kept for the next chunk, in bytes.
 const MAX_KEPT_BUFFER: usize = 4 << 20;
 
@@ -131,7 +135,7 @@ impl Unit {
             let (info, index) = (self.info(i), ChunkIndex(i));
             let proof @ Proof::Digest(_) = self.table().proof(index) else { return Cached::Wrong };
             let size = usize::try_from(info.uncompressed_size).expect("24 bits");
-            let padded = size.next_multiple_of(const { BLOCK_SIZE as usize });
+            let padded = size.next_multiple_of(BLOCK);
             let mut buffer = store.buffer(padded);
             let read = data.read_exact_at(&mut buffer, info.uncompressed_offset);
             let zeros = buffer[size..].iter().all(|&byte| byte == 0);
@@ -311,9 +315,9 @@ impl Drop for Unit {
 
 /// Writes the chunk and zeros up to the end of its last block.
 fn write_chunk(data: &File, info: &ChunkInfo, bytes: &[u8]) -> io::Result<()> {
-    static ZEROS: [u8; 4096] = [0; 4096];
+    static ZEROS: [u8; BLOCK] = [0; BLOCK];
     let offset = info.uncompressed_offset;
-    let padding = bytes.len().next_multiple_of(ZEROS.len()) - bytes.len();
+    let padding = bytes.len().next_multiple_of(BLOCK) - bytes.len();
     let parts = [IoSlice::new(bytes), IoSlice::new(&ZEROS[..padding])];
     let written = rustix::io::pwritev(data, &parts, offset)?;
     if written < bytes.len() {

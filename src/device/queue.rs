@@ -181,19 +181,17 @@ impl<S: Serve> Worker<S> {
             return false;
         }
         let mut taken = 0;
-        let mut more = true;
+        let mut end = End::Batch;
         while taken < BATCH && !stop.load(Ordering::Relaxed) {
             if self.held.len() >= usize::from(self.queue.size()) {
-                // Only a guest that reuses descriptors before it gets them back comes here. The
-                // next note wakes us.
-                more = false;
+                end = End::Full;
                 break;
             }
             match self.pop(guest) {
                 Popped::Head(chain) => self.serve(&memory, Chain::walk(chain)),
                 Popped::Nonsense => {}
                 Popped::Nothing => {
-                    more = false;
+                    end = End::Drained;
                     break;
                 }
             }
@@ -209,8 +207,13 @@ impl<S: Serve> Worker<S> {
             let requests = &self.shared.counters.requests_total;
             requests.fetch_add(u64::from(taken), Ordering::Relaxed);
         }
-        // The guest may have added something before it could see that we want to be told again.
-        more || self.queue.enable_notification(guest).unwrap_or(false)
+        match end {
+            End::Batch => true,
+            // The next note wakes us.
+            End::Full => false,
+            // The guest may have added something before it could see that we want to be told again.
+            End::Drained => self.queue.enable_notification(guest).unwrap_or(false),
+        }
     }
 
     /// Whether the ring can be used with this memory.
@@ -288,12 +291,7 @@ impl<S: Serve> Worker<S> {
             return;
         }
         self.jumped_from = None;
-        let returned = match beyond_old {
-            // Either it is back, or it jumped back a little and has come forward to here since.
-            0 => beyond_new > self.queue.size(),
-            _ => beyond_old <= self.queue.size() && beyond_old < beyond_new,
-        };
-        if returned {
+        if beyond_old <= self.queue.size() && beyond_old < beyond_new {
             self.queue.set_next_avail(old);
         }
     }
@@ -447,6 +445,16 @@ impl<S: Serve> Worker<S> {
         let flags = guest.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
         flags.map_or(true, |flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
+}
+
+/// Why a turn is over.
+enum End {
+    /// There may be more.
+    Batch,
+    Drained,
+    /// As many requests are held as the ring has descriptors. Only a guest that reuses descriptors
+    /// before it gets them back can have more.
+    Full,
 }
 
 /// What the available ring had to offer.

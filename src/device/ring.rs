@@ -155,6 +155,9 @@ impl<S: Serve> Ring<S> {
     /// Back to what `new` returns, except for the descriptors to call.
     pub(super) fn reset(&mut self) {
         self.halt();
+        if let State::Idle { held, .. } = &mut self.state {
+            held.clear(self.shared.inbox());
+        }
         *self = Ring::new(Arc::clone(&self.shared));
     }
 

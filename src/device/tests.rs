@@ -412,29 +412,28 @@ fn malformed_input_is_given_back_and_the_next_request_is_right() {
 
 #[test]
 fn an_available_index_that_jumps() {
-    for features in [0, EVENT_IDX] {
-        for jump in [65u16, 100, 1000, 0x8000, 0xffff] {
-            for back in [false, true] {
-                let daemon = Daemon::start(1);
-                let mut vmm = Vmm::connect(&daemon.path, 2);
-                vmm.set_features(features);
-                vmm.frontend.set_mem_table(&vmm.guest.regions()).unwrap();
-                vmm.start_ring(1, 0);
-                vmm.echo(1, 0);
-                let before = vmm.rings[1].avail;
-                vmm.rings[1].set_avail(before.wrapping_add(jump));
-                vmm.kick(1);
-                eventually("it is noticed", || daemon.count(|c| &c.bad_indexes_total) == 1);
-                if back {
-                    // Seen with the next request.
-                    vmm.rings[1].avail = before;
-                }
-                for slot in 0..16 {
-                    vmm.echo(1, slot);
-                }
-                assert_eq!(vmm.rings[1].take_used(), None, "jump by {jump}, back: {back}");
-            }
+    // (by how much, whether the guest then returns to where it was)
+    let jumps =
+        [(65, false), (65, true), (1000, false), (1000, true), (0x8000, true), (0xffff, true)];
+    for (features, (jump, back)) in [0, EVENT_IDX].into_iter().flat_map(|f| jumps.map(|j| (f, j))) {
+        let daemon = Daemon::start(1);
+        let mut vmm = Vmm::connect(&daemon.path, 2);
+        vmm.set_features(features);
+        vmm.frontend.set_mem_table(&vmm.guest.regions()).unwrap();
+        vmm.start_ring(1, 0);
+        vmm.echo(1, 0);
+        let before = vmm.rings[1].avail;
+        vmm.rings[1].set_avail(before.wrapping_add(jump));
+        vmm.kick(1);
+        eventually("it is noticed", || daemon.count(|c| &c.bad_indexes_total) == 1);
+        if back {
+            vmm.rings[1].set_avail(before);
+            vmm.kick(1);
         }
+        for slot in 0..16 {
+            vmm.echo(1, slot);
+        }
+        assert_eq!(vmm.rings[1].take_used(), None, "jump by {jump}, back: {back}");
     }
 }
 
