@@ -5,7 +5,6 @@
 mod golden_cases;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use golden_cases::{READABLE, golden};
 use rafsd::rafs::id::{BlobId, BlobIndex, ChunkIndex, Nid};
