@@ -16,7 +16,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use build_support::{
-    Content, Tree, assert_same, create, describe, make_golden_tree, rafs, read_image, run,
+    Content, Tree, assert_same, create, describe, make_golden_tree, rafs, read_image, repository,
+    run,
 };
 use rafsd::rafs::FileKind;
 use rafsd::rafs::layout::ImageFlags;
@@ -363,6 +364,17 @@ fn the_summary_says_what_was_written() {
 }
 
 #[test]
+fn help_is_the_documentation() {
+    let file = repository().join("guest-tests/snapshots/rafs-create-help.txt");
+    let help = String::from_utf8(rafs(&["create", "--help"], b"").stdout).unwrap();
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+        fs::write(&file, &help).unwrap();
+    }
+    let want = fs::read_to_string(&file).unwrap();
+    assert_eq!(help, want, "if this is meant, run the test with UPDATE_SNAPSHOTS=1");
+}
+
+#[test]
 fn failures_name_the_file_and_the_reason_and_leave_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).into_os_string().into_string().unwrap();
@@ -371,7 +383,7 @@ fn failures_name_the_file_and_the_reason_and_leave_nothing_behind() {
     fs::write(path("file"), "").unwrap();
     fs::create_dir(path("a-directory")).unwrap();
     // (arguments, exit code, what the message says)
-    let cases: [(&[&str], i32, &[&str]); 8] = [
+    let cases: [(&[&str], i32, &[&str]); 9] = [
         (&["-D", &path("out"), &path("no-such")], 1, &[&path("no-such"), "No such file"]),
         (&["-D", &path("out"), &path("file")], 1, &[&path("file"), "Not a directory"]),
         (&["-B", &path("no/boot"), &path("tree")], 1, &[&path("no"), "No such file"]),
@@ -381,7 +393,8 @@ fn failures_name_the_file_and_the_reason_and_leave_nothing_behind() {
             &[&path("a-directory"), "not a regular file"],
         ),
         (&["-D", &path("out"), "-B", "/dev/null", &path("tree")], 1, &["/dev/null"]),
-        (&[&path("tree")], 1, &["--bootstrap or --blob-dir"]),
+        (&[&path("tree")], 2, &["--bootstrap <FILE>|--blob-dir <DIR>"]),
+        (&["-B", &path("x"), "-b", &path("x"), &path("tree")], 2, &["one file"]),
         (&["-D", &path("out"), "--fs-version", "5", &path("tree")], 2, &["RAFS v5"]),
         (&["-D", &path("out"), "--compressor", "gzip", &path("tree")], 2, &["gzip"]),
     ];

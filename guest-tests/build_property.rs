@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use build_support::{assert_same, check_by_rafs_reader, create, describe, read_image};
+use build_support::{assert_same, check, check_by_rafs_reader, create, describe, read_image};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
@@ -188,6 +188,7 @@ proptest! {
             "--whiteout-spec", "none",
         ];
         let built = create(&source, &dir.path().join("image"), &options, b"");
+        check(&built);
         assert_same(&read_image(&built), &want, "our reader");
         if foreign {
             check_by_rafs_reader(&built, &want, dir.path());

@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use build_support::{
-    Built, Tree, assert_same, check_by_rafs_reader, create, describe, make_golden_tree, part,
-    rafs_reader, read_image, run,
+    Built, Tree, assert_same, check, check_by_rafs_reader, create, describe, make_golden_tree,
+    part, rafs_reader, read_image, run,
 };
 
 /// Options of the images that all readers are shown.
@@ -127,6 +127,7 @@ fn through_all_readers(dir: &Path) {
         let what = |reader| format!("{reader}, {}", options.join(" "));
         let out = dir.join(format!("image{i}"));
         let built = create(&source, &out, options, b"");
+        check(&built);
         assert_same(&read_image(&built), &want, &what("our reader"));
         // Without a compiled BLAKE3 that reader takes a minute for this much data.
         if options.contains(&"sha256") {

@@ -56,6 +56,20 @@ pub fn create(source: &Path, out: &Path, options: &[&str], stdin: &[u8]) -> Buil
     Built { bootstrap: out.join("image.boot"), blobs: out.to_owned() }
 }
 
+/// `rafs check` of an image and its blobs: nothing is wrong.
+pub fn check(built: &Built) {
+    let args: [&OsStr; 5] = [
+        "check".as_ref(),
+        "--bootstrap".as_ref(),
+        built.bootstrap.as_ref(),
+        "--blob-dir".as_ref(),
+        built.blobs.as_ref(),
+    ];
+    let done = rafs(&args, b"");
+    let stdout = String::from_utf8_lossy(&done.stdout);
+    assert_eq!(done.status.code(), Some(0), "rafs check: {stdout}");
+}
+
 /// A program that must be there, its output if it succeeds.
 pub fn run(command: &mut Command) -> String {
     let done = command.output().unwrap_or_else(|e| panic!("cannot run {command:?}: {e}"));

@@ -11,8 +11,9 @@ use rafsd::build;
 #[derive(Parser)]
 #[command(name = "rafs", version, max_term_width = 100)]
 struct Cli {
-    /// What to log: error, warn, info, debug or trace.
+    /// What to log: off, error, warn, info, debug or trace.
     #[arg(short = 'l', long, global = true, value_name = "LEVEL", default_value = "warn")]
+    #[arg(display_order = 1000)]
     log_level: log::LevelFilter,
 
     #[command(subcommand)]
@@ -36,6 +37,9 @@ fn main() -> ExitCode {
         Command::Check(args) => build::check::run(args),
     };
     result.unwrap_or_else(|e| {
+        if let Some(usage) = e.downcast_ref::<clap::Error>() {
+            usage.exit();
+        }
         let message = format!("rafs: {e:#}\n");
         // Nobody is left to tell if this fails.
         std::io::stderr().write_all(message.as_bytes()).ok();

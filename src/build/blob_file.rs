@@ -31,7 +31,8 @@ pub enum BlobTarget {
 }
 
 impl BlobTarget {
-    fn dir(&self) -> &Path {
+    /// The directory that will hold the blob.
+    pub fn dir(&self) -> &Path {
         match self {
             BlobTarget::Dir(dir) => dir,
             BlobTarget::File(file) => super::output::parent_dir(file),

@@ -1,18 +1,18 @@
 //! `rafs create`: builds an image from a directory.
 
-use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use clap::ValueEnum;
+use anyhow::Context;
+use clap::error::ErrorKind;
+use clap::{ArgGroup, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::blob_file::{Blob, BlobTarget, BlobWriter};
-use super::output::parent_dir;
+use super::output::{parent_dir, refuse_special};
 use super::pipeline::{self, Settings};
 use super::prefetch::{Patterns, PrefetchPolicy, data_order};
 use super::tree::Tree;
@@ -27,9 +27,13 @@ const BOOTSTRAP_NAME: &str = "image.boot";
 /// Build a RAFS v6 image from a directory.
 ///
 /// Writes a bootstrap (all metadata) and a data blob (the content of all files, deduplicated and
-/// compressed). The same directory gives the same image, whatever the number of threads.
-/// Whiteouts are dropped, as there is no lower layer that they could change.
+/// compressed). The same directory gives the same image, whatever the number of threads. Times,
+/// owners and attributes are those of the directory, its own included. A file that changes
+/// meanwhile ends the build.
 #[derive(Debug, clap::Args)]
+#[command(group(
+    ArgGroup::new("output").required(true).multiple(true).args(["bootstrap", "blob_dir", "blob"])
+))]
 pub struct Args {
     /// Directory to build from.
     #[arg(value_name = "DIR")]
@@ -71,14 +75,11 @@ pub struct Args {
 
     /// What a daemon fetches before it is asked for.
     ///
-    /// fs: reads absolute paths of files and directories from standard input, one on each line;
-    /// their data comes first in the blob and the bootstrap lists them. blob: only the order of
-    /// the data follows them. none: standard input is not read.
+    /// Patterns are absolute paths of files and directories, one on each line of standard input.
     #[arg(long, value_name = "POLICY", default_value = "none")]
     prefetch_policy: PrefetchPolicy,
 
-    /// What marks removed files: `.wh.` names (oci), character devices 0/0 and the attribute
-    /// trusted.overlay.opaque (overlayfs), or nothing.
+    /// What marks removed files and is dropped, as there is no lower layer to change.
     #[arg(long, value_name = "SPEC", default_value = "oci")]
     whiteout_spec: WhiteoutSpec,
 
@@ -179,6 +180,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(dir) = &args.blob_dir {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
+    // Better now than when everything has been read.
+    refuse_special(&bootstrap)?;
+    if let BlobTarget::File(blob) = &blob_target {
+        refuse_special(blob)?;
+    }
     let patterns = match args.prefetch_policy {
         PrefetchPolicy::None => Patterns::default(),
         PrefetchPolicy::Fs | PrefetchPolicy::Blob => Patterns::read(io::stdin().lock())
@@ -257,27 +263,23 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Where bootstrap and blob go.
-fn outputs(args: &Args) -> anyhow::Result<(PathBuf, BlobTarget)> {
-    let beside = |path: &Path| parent_dir(path).join(BOOTSTRAP_NAME);
-    Ok(match (&args.bootstrap, &args.blob_dir, &args.blob) {
-        (Some(bootstrap), Some(dir), _) => (bootstrap.clone(), BlobTarget::Dir(dir.clone())),
-        (Some(bootstrap), None, Some(blob)) => {
-            if bootstrap == blob {
-                bail!("bootstrap and blob cannot be one file, {}", blob.display());
-            }
-            (bootstrap.clone(), BlobTarget::File(blob.clone()))
+/// Where bootstrap and blob go. Clap has made sure that something is given.
+fn outputs(args: &Args) -> Result<(PathBuf, BlobTarget), clap::Error> {
+    let target = match (&args.blob_dir, &args.blob, &args.bootstrap) {
+        (Some(dir), _, _) => BlobTarget::Dir(dir.clone()),
+        (None, Some(blob), _) => BlobTarget::File(blob.clone()),
+        (None, None, bootstrap) => {
+            BlobTarget::Dir(parent_dir(bootstrap.as_deref().unwrap_or(Path::new(""))).to_owned())
         }
-        (Some(bootstrap), None, None) => {
-            (bootstrap.clone(), BlobTarget::Dir(parent_dir(bootstrap).to_owned()))
-        }
-        (None, Some(dir), _) => (dir.join(BOOTSTRAP_NAME), BlobTarget::Dir(dir.clone())),
-        (None, None, Some(blob)) if blob.file_name() == Some(OsStr::new(BOOTSTRAP_NAME)) => {
-            bail!("give --bootstrap: its default name is that of the blob, {}", blob.display())
-        }
-        (None, None, Some(blob)) => (beside(blob), BlobTarget::File(blob.clone())),
-        (None, None, None) => bail!("where should the image go? Give --bootstrap or --blob-dir"),
-    })
+    };
+    let bootstrap = args.bootstrap.clone().unwrap_or_else(|| target.dir().join(BOOTSTRAP_NAME));
+    match &target {
+        BlobTarget::File(blob) if *blob == bootstrap => Err(clap::Error::raw(
+            ErrorKind::ArgumentConflict,
+            format!("bootstrap and blob would be one file, {}\n", blob.display()),
+        )),
+        _ => Ok((bootstrap, target)),
+    }
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -345,6 +347,7 @@ mod tests {
             ("--compressor gzip -D d src", "lz4_block"),
             ("-D d --blob b src", "cannot be used with"),
             ("-D d", "<DIR>"),
+            ("src", "--bootstrap <FILE>|--blob-dir <DIR>|--blob <FILE>"),
         ];
         for (line, message) in bad {
             let error = parse(line).expect_err(line).to_string();
@@ -367,7 +370,7 @@ mod tests {
         for (line, bootstrap, blob) in cases {
             assert_eq!(outputs(&parse(line).unwrap()).unwrap(), (bootstrap.into(), blob), "{line}");
         }
-        for line in ["src", "--blob y/image.boot src", "-B x --blob x src"] {
+        for line in ["--blob y/image.boot src", "-B x --blob x src"] {
             outputs(&parse(line).unwrap()).expect_err(line);
         }
     }

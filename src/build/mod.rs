@@ -1,13 +1,12 @@
-//! The image tool: a directory in, a RAFS v6 bootstrap and its data blob out, and what can be asked of
-//! an image: `inspect` shows what is in it, `check` verifies all of it.
+//! The image tool: builds images, shows what is in them, verifies them.
 //!
-//! `create` runs the steps in this order:
+//! `create` takes a directory and writes a RAFS v6 bootstrap and its data blob, in this order:
 //! `tree` (what is in the source) · `prefetch` (which files come first) · `chunker` (files into runs
 //! of chunks) · `pipeline` (read, hash and compress them on all cores) · `dedup` (number the distinct
 //! ones) · `blob_file` (their bytes and the chunk-info array) · `place` (where inodes go) · `write`
-//! (the bootstrap).
+//! (the bootstrap). The same tree gives the same bytes on every run and for every number of threads.
 //!
-//! The same tree gives the same bytes on every run and for every number of threads.
+//! `inspect` and `check` read what `image_file` opens.
 #![forbid(unsafe_code)]
 
 pub mod blob_file;

@@ -1,4 +1,7 @@
 //! Files that appear under their name only when they are complete.
+//!
+//! They are not synced: a power cut may cost an image that was just built, as it may cost any file.
+//! Readers notice, as they verify every chunk.
 
 use std::fs;
 use std::io::{self, Write};
@@ -32,9 +35,10 @@ impl Output {
 
     /// Gives the file its name, in place of a regular file that has it.
     pub fn commit(self, path: &Path) -> Result<(), BuildError> {
-        let fail = |source| BuildError::Output { path: path.to_owned(), source };
-        refuse_special(path).map_err(fail)?;
-        self.file.persist(path).map_err(|e| fail(e.error))?;
+        refuse_special(path)?;
+        self.file
+            .persist(path)
+            .map_err(|e| BuildError::Output { path: path.to_owned(), source: e.error })?;
         Ok(())
     }
 }
@@ -51,16 +55,17 @@ impl Write for Output {
 
 /// Refuses a name that something other than a regular file has: renaming over `/dev/null` would
 /// take it away from everyone else.
-fn refuse_special(path: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_file() => Ok(()),
-        Ok(_) => Err(io::Error::new(
+pub fn refuse_special(path: &Path) -> Result<(), BuildError> {
+    let source = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_file() => return Ok(()),
+        Ok(_) => io::Error::new(
             io::ErrorKind::AlreadyExists,
             "something that is not a regular file has this name",
-        )),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(e),
-    }
+        ),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => e,
+    };
+    Err(BuildError::Output { path: path.to_owned(), source })
 }
 
 /// The directory that holds `path`.

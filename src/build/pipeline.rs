@@ -6,8 +6,9 @@
 //! never depends on which worker was faster.
 //!
 //! Memory is bounded by the number of runs, 2 for each worker and 2 more: each holds at most
-//! max(1 MiB, chunk size) of file data and as much compressed. Nothing else grows with the size of
-//! files but the table of chunks (see `dedup`) and 4 bytes for each chunk of each file.
+//! max(1 MiB, chunk size) of file data and as much compressed. A worker has room for one compressed
+//! chunk more, and its codec's tables. Nothing else grows with the size of files but the table of
+//! chunks (see `dedup`) and 4 bytes for each chunk of each file.
 //!
 //! A failure is reported when its run's turn comes, so the same tree gives the same message.
 
@@ -67,8 +68,20 @@ enum Event {
     Read(Run),
     /// There are this many runs.
     Cut(u64),
-    /// The writer has ended before its time.
-    WriterFailed,
+    /// The writer has failed, or a thread has panicked: no more will come.
+    Broken,
+}
+
+/// Tells the caller's thread when the thread that holds it panics, which must not hang the build.
+struct PanicAlarm(Sender<Event>);
+
+impl Drop for PanicAlarm {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // Fails only if the caller's thread has given up already.
+            self.0.send(Event::Broken).ok();
+        }
+    }
 }
 
 enum Job {
@@ -87,7 +100,7 @@ pub fn store(
     let runs = settings.threads * 2 + 2;
     // Every channel has room for all runs, so no send ever waits.
     let (job_tx, job_rx) = bounded(runs);
-    let (event_tx, event_rx) = bounded(runs + 2);
+    let (event_tx, event_rx) = bounded(runs + settings.threads + 3);
     let (write_tx, write_rx) = bounded(runs);
     let (free_tx, free_rx) = bounded(runs);
     let (stop_tx, stop_rx) = bounded::<()>(0);
@@ -100,16 +113,23 @@ pub fn store(
         for _ in 0..settings.threads {
             let (jobs, events, written) = (job_rx.clone(), event_tx.clone(), write_tx.clone());
             let zeros = &zeros;
-            scope.spawn(move || Worker::new(tree, settings, zeros).work(&jobs, &events, &written));
+            scope.spawn(move || {
+                let _alarm = PanicAlarm(events.clone());
+                Worker::new(tree, settings, zeros).work(&jobs, &events, &written);
+            });
         }
         drop(write_tx);
         let (jobs, events) = (job_tx.clone(), event_tx.clone());
-        scope.spawn(move || cut(chunker, &free_rx, &stop_rx, &jobs, &events));
+        scope.spawn(move || {
+            let _alarm = PanicAlarm(events.clone());
+            cut(chunker, &free_rx, &stop_rx, &jobs, &events);
+        });
         let writer = scope.spawn(move || {
+            let alarm = PanicAlarm(event_tx);
             let result = write(blob, &write_rx, &free_tx);
             if result.is_err() {
                 // Fails only if the caller's thread has given up, and then it knows better.
-                event_tx.send(Event::WriterFailed).ok();
+                alarm.0.send(Event::Broken).ok();
             }
             result
         });
@@ -118,7 +138,7 @@ pub fn store(
         let written = writer.join().expect("the writer does not panic");
         let (chunks, files) = match admitted {
             Ok(Some(admitted)) => admitted,
-            Ok(None) => return Err(written.err().expect("the writer said that it failed")),
+            Ok(None) => return Err(written.err().expect("otherwise a thread has panicked")),
             Err(e) => return Err(e),
         };
         Ok((chunks, files, written?))
@@ -154,7 +174,7 @@ fn cut(
     }
 }
 
-/// Numbers the chunks of all runs in their order. `None` if the writer has failed.
+/// Numbers the chunks of all runs in their order. `None` if another thread has failed.
 fn admit(
     tree: &Tree,
     events: &Receiver<Event>,
@@ -169,7 +189,7 @@ fn admit(
         match events.recv().expect("the workers wait for jobs as long as we hold the sender") {
             Event::Read(run) => drop(early.insert(run.number, run)),
             Event::Cut(runs) => total = Some(runs),
-            Event::WriterFailed => return Ok(None),
+            Event::Broken => return Ok(None),
         }
         while let Some(mut run) = early.remove(&next) {
             if let Some(failure) = run.failure.take() {

@@ -1,0 +1,38 @@
+//! What the process-level tests share, from the virtqueue upwards.
+//!
+//! `memory` and `virtqueue` are the guest's side of virtio, `frontend` is the VMM's side of
+//! vhost-user, `fuse_abi` and `fuse_client` are the guest kernel's side of FUSE. None of them uses
+//! code of the daemon, so that a layout that is wrong there cannot be wrong here in the same way.
+//! `daemon` runs `rafsd`, `golden` knows the images whose content is written down, and `hang_fs` is
+//! a backend that hangs, fails and lies on command; `image` makes images of a size that tests choose.
+
+// Each test program compiles this module whole and uses its own part of it.
+#![allow(dead_code)]
+
+pub mod daemon;
+pub mod frontend;
+pub mod fuse_abi;
+pub mod fuse_client;
+pub mod golden;
+pub mod hang_fs;
+pub mod image;
+pub mod memory;
+pub mod rng;
+pub mod virtqueue;
+
+/// A `u64` as an index; the tests run on 64-bit hosts only.
+pub fn to_usize(value: u64) -> usize {
+    usize::try_from(value).expect("a 64-bit host")
+}
+
+/// A length as the `u32` that virtio and FUSE structs carry.
+pub fn to_u32(value: usize) -> u32 {
+    u32::try_from(value).expect("lengths on the wire have 32 bits")
+}
+
+/// Prints one line past the test harness's capture, for figures that are worth seeing in a log.
+pub fn say(line: impl std::fmt::Display) {
+    use std::io::Write;
+    // A closed stderr is no reason to fail a test.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}

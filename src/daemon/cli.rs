@@ -1,0 +1,506 @@
+//! The command line: arguments in, checked [`Options`] out.
+//!
+//! Takes what nydusd takes for `virtiofs`, as Kata Containers, units and people write it: flags
+//! before or after the subcommand, repeated flags (the last one wins), no subcommand at all. Flags of
+//! virtiofsd that Kata leaves in place are mapped or reported in [`Options::ignored`]. What another
+//! build may know is refused by name. Nothing here touches the system.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
+use log::LevelFilter;
+
+use super::version::VERSION;
+
+/// What the program was asked to do.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Serve until told to stop.
+    Serve(Box<Options>),
+    /// Print this to standard output and exit with 0.
+    Print(String),
+}
+
+/// Arguments that make no sense: the message for standard error; exit with 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+/// Arguments of `rafsd virtiofs`, checked.
+#[derive(Debug)]
+pub struct Options {
+    /// Socket for the VMM.
+    pub sock: PathBuf,
+    /// Socket for the HTTP API; none: no API.
+    pub apisock: Option<PathBuf>,
+    /// The image to serve.
+    pub bootstrap: PathBuf,
+    /// Config file; none: blobs beside the bootstrap or in `localfs_dir`, private cache.
+    pub config: Option<PathBuf>,
+    pub localfs_dir: Option<PathBuf>,
+    pub log_level: LevelFilter,
+    pub log_file: Option<PathBuf>,
+    /// Bytes after which the log file is rotated; 0: never.
+    pub log_rotation_bytes: u64,
+    pub id: Option<String>,
+    pub supervisor: Option<String>,
+    /// 1 to 36 bytes.
+    pub tag: String,
+    /// 1 to 64.
+    pub request_queues: u16,
+    /// Threads that decompress and verify; 0: chosen by the number of processors.
+    pub workers: u16,
+    /// How long a guest's read may wait for a backend.
+    pub read_timeout: Duration,
+    /// Wanted limit of open files; 0: leave it alone.
+    pub rlimit_nofile: u64,
+    /// Flags that were given and do nothing: the flag and the reason.
+    pub ignored: Vec<(String, &'static str)>,
+}
+
+/// Serve RAFS container images to microVM guests over virtio-fs, lazily
+///
+/// rafsd presents one RAFS v6 image to a virtual machine: the guest mounts it as `virtiofs`, and file
+/// data is fetched, verified and cached when it is first read. It takes the place of nydusd and
+/// behaves the same when it is called by that name.
+///
+/// Exit codes: 0 stopped by a signal or by the API, 1 failure while starting or running, 2 wrong
+/// arguments. See docs/operations.md for config files, logs and the cache directory.
+#[derive(Parser, Debug)]
+#[command(
+    name = "rafsd",
+    bin_name = "rafsd",
+    disable_version_flag = true,
+    disable_help_subcommand = true,
+    args_override_self = true,
+    max_term_width = 100
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    /// Socket on which a VMM connects (vhost-user)
+    ///
+    /// Required. A path of at most 107 bytes; a relative one is taken from the working directory. A
+    /// stale socket is replaced, a live one or another kind of file is an error. VMMs may come and
+    /// go: the next one is served after a disconnect. Removed at exit.
+    #[arg(long, global = true, value_name = "PATH", help_heading = "Sockets")]
+    sock: Option<PathBuf>,
+
+    /// Socket of the HTTP API
+    ///
+    /// Default: no API. Same rules as for `--sock`. Who may connect may stop the daemon, so keep its
+    /// directory private.
+    #[arg(short = 'A', long, global = true, value_name = "PATH", help_heading = "Sockets")]
+    apisock: Option<PathBuf>,
+
+    /// Name by which the guest mounts the file system
+    ///
+    /// Default: kataShared. 1 to 36 bytes. For VMMs that read it from the device (crosvm, User-mode
+    /// Linux, generic vhost-user devices); QEMU and cloud-hypervisor have their own option for it.
+    #[arg(long, global = true, value_name = "TAG", help_heading = "Device")]
+    tag: Option<String>,
+
+    /// Request queues offered to the VMM
+    ///
+    /// Default: 64. Range: 1 to 64. Each queue that the VMM starts gets one thread; the number of
+    /// virtual processors is a good number of queues, and it is the VMM that chooses it.
+    #[arg(long, global = true, value_name = "N", help_heading = "Device",
+          value_parser = clap::value_parser!(u16).range(1..=64))]
+    num_request_queues: Option<u16>,
+
+    /// Image to serve: the bootstrap (metadata) of a RAFS v6 image
+    ///
+    /// Required: mounting by the API is not in this version.
+    #[arg(short = 'B', long, global = true, value_name = "FILE", help_heading = "Image")]
+    bootstrap: Option<PathBuf>,
+
+    /// Where blobs come from and where they are cached: nydusd's config file
+    ///
+    /// JSON (version 1 or 2) or TOML (version 2), at most 1 MiB. Default: blobs are looked for in the
+    /// directory of the bootstrap and in `blobs` beside it, the cache is `rafsd` under
+    /// $XDG_CACHE_HOME or ~/.cache.
+    #[arg(
+        short = 'C',
+        long,
+        global = true,
+        value_name = "FILE",
+        help_heading = "Image",
+        conflicts_with = "localfs_dir"
+    )]
+    config: Option<PathBuf>,
+
+    /// Directory that holds the blobs, for use without a config file
+    ///
+    /// Default: see `--config`. Searched before the directory of the bootstrap.
+    #[arg(short = 'D', long, global = true, value_name = "DIR", help_heading = "Image")]
+    localfs_dir: Option<PathBuf>,
+
+    /// How long a guest's read may wait for its data
+    ///
+    /// Default: 60s. A number with a unit: 500ms, 30s, 2m. When the backend has not delivered by then
+    /// the read fails with EIO; the next read tries again. Keep it below the guest's hung-task timeout
+    /// of 120 s.
+    #[arg(long, global = true, value_name = "DURATION", help_heading = "Image",
+          value_parser = duration)]
+    read_timeout: Option<Duration>,
+
+    /// Threads that decompress and verify chunks
+    ///
+    /// Default: 0, twice the number of processors but at least 4. Range: 0 to 1024. A limit, not a reservation:
+    /// threads start when there is work. Lower it to leave processors to the guest.
+    #[arg(long, global = true, value_name = "N", help_heading = "Process",
+          aliases = ["threads", "thread-pool-size", "fuse-threads"],
+          value_parser = clap::value_parser!(u16).range(0..=1024))]
+    thread_num: Option<u16>,
+
+    /// Limit of open files to ask the kernel for
+    ///
+    /// Default: 1000000, or less where the hard limit is lower. 0 leaves the limit as it is.
+    #[arg(long, global = true, value_name = "N", help_heading = "Process")]
+    rlimit_nofile: Option<u64>,
+
+    /// How much to log: off, error, warn, info, debug or trace
+    ///
+    /// Default: info. Can be changed while running: PUT /api/v1/daemon {"log_level":"debug"}.
+    #[arg(short = 'l', long, global = true, value_name = "LEVEL", help_heading = "Logs",
+          value_parser = level)]
+    log_level: Option<LevelFilter>,
+
+    /// Log to this file instead of standard error
+    ///
+    /// Default: standard error. Lines are appended; `.log` is added to a name without extension.
+    #[arg(short = 'L', long, global = true, value_name = "FILE", help_heading = "Logs")]
+    log_file: Option<PathBuf>,
+
+    /// Size in MiB at which the log file is renamed to FILE.1
+    ///
+    /// Default: 0, never. The previous FILE.1 is lost, so logs take at most twice this size.
+    #[arg(long, global = true, value_name = "MIB", help_heading = "Logs",
+          value_parser = clap::value_parser!(u64).range(0..=1 << 20))]
+    log_rotation_size: Option<u64>,
+
+    /// Name of this daemon in the API's answers
+    ///
+    /// Default: none.
+    #[arg(long, global = true, value_name = "ID", help_heading = "Process")]
+    id: Option<String>,
+
+    /// Socket of a manager that keeps state across restarts
+    ///
+    /// Default: none. Shown by the API; state is not handed over in this version.
+    #[arg(long, global = true, value_name = "PATH", help_heading = "Process")]
+    supervisor: Option<String>,
+
+    /// Print the version and what it was built from
+    #[arg(short = 'V', long, global = true)]
+    version: bool,
+
+    /// Print the vhost-user back-end capabilities as JSON
+    ///
+    /// For managers that discover back ends, such as libvirt.
+    #[arg(long, global = true)]
+    print_capabilities: bool,
+
+    // Accepted for compatibility: see `ignored` below.
+    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
+    hybrid_mode: u8,
+    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
+    announce_submounts: u8,
+    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
+    xattr: u8,
+    #[arg(long, global = true, hide = true)]
+    prefetch_files: Option<PathBuf>,
+    #[arg(short = 'm', long, global = true, hide = true)]
+    virtual_mountpoint: Option<String>,
+    #[arg(short = 'o', global = true, hide = true, action = ArgAction::Append)]
+    mount_options: Vec<String>,
+
+    // Known flags of features that are not here: see `refuse_missing_features`.
+    #[arg(short = 's', long, global = true, hide = true)]
+    shared_dir: Option<OsString>,
+    #[arg(short = 'M', long, global = true, hide = true)]
+    mountpoint: Option<OsString>,
+    #[arg(short = 'F', long, global = true, hide = true)]
+    fscache: Option<OsString>,
+    #[arg(long, global = true, hide = true)]
+    socket_path: Option<OsString>,
+    #[arg(long, global = true, hide = true)]
+    fd: Option<OsString>,
+    #[arg(long, global = true, hide = true)]
+    dedup_db: Option<OsString>,
+    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
+    upgrade: u8,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Serve a virtual machine over vhost-user (the default)
+    Virtiofs,
+    #[command(external_subcommand)]
+    Other(Vec<OsString>),
+}
+
+/// Parses `args`, the program's name first.
+///
+/// # Errors
+///
+/// [`UsageError`] with a message ready to print, for anything that cannot be served as asked.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, UsageError> {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            return Ok(Invocation::Print(e.render().to_string()));
+        }
+        Err(e) => return Err(UsageError(e.render().to_string().trim_end().to_owned())),
+    };
+    if cli.version {
+        return Ok(Invocation::Print(VERSION.text()));
+    }
+    if cli.print_capabilities {
+        return Ok(Invocation::Print("{\"type\":\"fs\",\"features\":[]}\n".into()));
+    }
+    refuse_missing_features(&cli)?;
+    let ignored = ignored(&cli)?;
+    let required = |what: &str| usage_error(format!("{what}\n\n{}", Cli::command().render_usage()));
+    let sock = cli.sock.ok_or_else(|| required("`--sock PATH` is required"))?;
+    let bootstrap = cli.bootstrap.ok_or_else(|| {
+        required("`--bootstrap FILE` is required: mounting by the API is not in this build")
+    })?;
+    let tag = cli.tag.unwrap_or_else(|| "kataShared".into());
+    if !(1..=36).contains(&tag.len()) {
+        return Err(usage_error(format!("--tag: 1 to 36 bytes, not {}", tag.len())));
+    }
+    Ok(Invocation::Serve(Box::new(Options {
+        sock,
+        apisock: cli.apisock,
+        bootstrap,
+        config: cli.config,
+        localfs_dir: cli.localfs_dir,
+        log_level: cli.log_level.unwrap_or(LevelFilter::Info),
+        log_file: cli
+            .log_file
+            .map(|p| if p.extension().is_none() { p.with_extension("log") } else { p }),
+        log_rotation_bytes: cli.log_rotation_size.unwrap_or(0) << 20,
+        id: cli.id,
+        supervisor: cli.supervisor,
+        tag,
+        request_queues: cli.num_request_queues.unwrap_or(64),
+        workers: cli.thread_num.unwrap_or(0),
+        read_timeout: cli.read_timeout.unwrap_or(Duration::from_secs(60)),
+        rlimit_nofile: cli.rlimit_nofile.unwrap_or(1_000_000),
+        ignored,
+    })))
+}
+
+/// Features that nydusd or virtiofsd have under these names and this build has not.
+fn refuse_missing_features(cli: &Cli) -> Result<(), UsageError> {
+    if let Some(Command::Other(args)) = &cli.command {
+        let name = args.first().map(|a| a.to_string_lossy()).unwrap_or_default();
+        return Err(usage_error(match name.as_ref() {
+            "fuse" | "singleton" | "nbd" | "uffd" => {
+                format!("the command `{name}` is not in this build; it has `virtiofs`")
+            }
+            _ => format!("unknown command `{name}`; there is `virtiofs`"),
+        }));
+    }
+    let given = [
+        ("--shared-dir (sharing a host directory)", cli.shared_dir.is_some()),
+        ("--mountpoint (mounting on the host)", cli.mountpoint.is_some()),
+        ("--fscache (serving the kernel's fscache)", cli.fscache.is_some()),
+        ("--socket-path (virtiofsd's mode)", cli.socket_path.is_some()),
+        ("--fd (a socket passed by the parent)", cli.fd.is_some()),
+        ("--dedup-db (cache deduplication)", cli.dedup_db.is_some()),
+        ("--upgrade (taking over from a running daemon)", cli.upgrade > 0),
+    ];
+    if let Some((what, _)) = given.iter().find(|(_, given)| *given) {
+        return Err(usage_error(format!("{what} is not in this build")));
+    }
+    match cli.virtual_mountpoint.as_deref() {
+        None | Some("/") => Ok(()),
+        Some(path) => {
+            Err(usage_error(format!("--virtual-mountpoint {path}: only `/` is in this build")))
+        }
+    }
+}
+
+/// Flags that were given and change nothing, with the reason; refuses unknown `-o` options.
+fn ignored(cli: &Cli) -> Result<Vec<(String, &'static str)>, UsageError> {
+    const SUBMOUNTS: &str = "an image has no submounts";
+    const XATTR: &str = "attributes of an image are always shown";
+    let mut ignored = Vec::new();
+    let flags = [
+        ("--announce-submounts", cli.announce_submounts > 0, SUBMOUNTS),
+        ("--xattr", cli.xattr > 0, XATTR),
+        ("--prefetch-files", cli.prefetch_files.is_some(), "prefetch is not in this build"),
+        ("--supervisor", cli.supervisor.is_some(), "state is not handed over in this build"),
+    ];
+    for (flag, given, reason) in flags {
+        if given {
+            ignored.push((flag.to_owned(), reason));
+        }
+    }
+    if cli.log_file.is_none() && cli.log_rotation_size.is_some_and(|n| n > 0) {
+        ignored.push(("--log-rotation-size".into(), "there is no --log-file"));
+    }
+    for option in cli.mount_options.iter().flat_map(|o| o.split(',')).filter(|o| !o.is_empty()) {
+        let reason = match option.split('=').next().unwrap_or(option) {
+            "announce_submounts" => SUBMOUNTS,
+            "xattr" | "no_xattr" => XATTR,
+            "cache" => "an image never changes: it is always cached",
+            "posix_lock" | "no_posix_lock" | "flock" | "no_flock" => {
+                "locks on a read-only file system stay in the guest"
+            }
+            "source" => {
+                return Err(usage_error(
+                    "-o source (sharing a host directory) is not in this build".into(),
+                ));
+            }
+            _ => return Err(usage_error(format!("-o {option}: unknown option"))),
+        };
+        ignored.push((format!("-o {option}"), reason));
+    }
+    Ok(ignored)
+}
+
+fn usage_error(message: String) -> UsageError {
+    UsageError(format!("error: {message}\n\nFor more information, try '--help'."))
+}
+
+fn level(text: &str) -> Result<LevelFilter, String> {
+    text.parse().map_err(|_| "use off, error, warn, info, debug or trace".to_owned())
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|e| e.to_string())?;
+    let range = Duration::from_millis(1)..=Duration::from_secs(24 * 3600);
+    range.contains(&time).then_some(time).ok_or_else(|| "use 1ms to 24h".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_line(line: &str) -> Result<Invocation, UsageError> {
+        parse(std::iter::once("rafsd").chain(line.split_whitespace()).map(OsString::from))
+    }
+
+    fn options(line: &str) -> Options {
+        match parse_line(&format!("{line} --bootstrap boot")) {
+            Ok(Invocation::Serve(options)) => *options,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn command_lines_seen_in_the_field_are_accepted() {
+        let lines = [
+            // Kata, Go runtime; with extra arguments left from virtiofsd or taken from its docs
+            "virtiofs --log-level info --apisock A --sock S",
+            "virtiofs --log-level info --apisock A --sock S --thread-pool-size=1 --announce-submounts",
+            "virtiofs --log-level info --apisock A --sock S --thread-pool-size=1 -o announce_submounts",
+            "virtiofs --log-level info --apisock A --sock S --log-level info --threads 1 --xattr",
+            // Kata, runtime-rs
+            "virtiofs --hybrid-mode --log-level info --apisock A --sock S",
+            "--hybrid-mode virtiofs --log-level info --apisock A --sock S --hybrid-mode",
+            // by hand
+            "--sock S --apisock A",
+            "-A A -l info --sock S virtiofs",
+            "virtiofs --sock S -A A --id x",
+            "virtiofs --sock S -A A --supervisor /run/x.sock",
+        ];
+        for line in lines {
+            let o = options(line);
+            assert_eq!(o.sock, PathBuf::from("S"), "{line}");
+            assert_eq!(o.apisock, Some("A".into()), "{line}");
+            assert_eq!(o.log_level, LevelFilter::Info, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_last_of_repeated_flags_wins() {
+        let cases = [
+            ("virtiofs --sock S -l info --log-level debug", LevelFilter::Debug),
+            ("--log-level error virtiofs --sock S --log-level trace", LevelFilter::Trace),
+            ("-l debug --sock S -l warn", LevelFilter::Warn),
+        ];
+        for (line, want) in cases {
+            assert_eq!(options(line).log_level, want, "{line}");
+        }
+        assert_eq!(options("--sock A virtiofs --sock B").sock, PathBuf::from("B"));
+    }
+
+    #[test]
+    fn short_forms() {
+        let o = options("virtiofs --sock S -B first -C conf -L log/x -l trace -A api -m /");
+        assert_eq!(o.bootstrap, PathBuf::from("boot"), "the last one wins");
+        assert_eq!(o.config, Some("conf".into()));
+        assert_eq!(o.log_file, Some("log/x.log".into()));
+        assert_eq!(o.log_level, LevelFilter::Trace);
+        assert_eq!(options("--sock S -D dir").localfs_dir, Some("dir".into()));
+    }
+
+    #[test]
+    fn units_and_ranges() {
+        let o = options("--sock S --read-timeout 1500ms --thread-num 3 --num-request-queues 2");
+        assert_eq!(o.read_timeout, Duration::from_millis(1500));
+        assert_eq!((o.workers, o.request_queues), (3, 2));
+        assert_eq!(options("--sock S --log-rotation-size 2 -L x").log_rotation_bytes, 2 << 20);
+        for bad in [
+            "--sock S --read-timeout 5",
+            "--sock S --read-timeout 0s",
+            "--sock S --thread-num 1025",
+            "--sock S --num-request-queues 0",
+            "--sock S --num-request-queues 65",
+            "--sock S --log-level loud",
+            "--sock S --tag 0123456789012345678901234567890123456",
+        ] {
+            assert!(parse_line(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let cases = [
+            ("fuse --mountpoint /mnt --apisock A", "`fuse` is not in this build"),
+            ("singleton --fscache /cache", "`singleton` is not in this build"),
+            ("frobnicate", "unknown command `frobnicate`"),
+            ("virtiofs --sock S --shared-dir /srv", "--shared-dir"),
+            ("--fd=3 -o source=/srv", "--fd"),
+            ("--sock S -o source=/srv", "-o source"),
+            ("--sock S -o frobnicate", "-o frobnicate: unknown"),
+            ("--sock S -m /rafs", "only `/`"),
+            ("--sock S --upgrade", "--upgrade"),
+            ("virtiofs --apisock A", "`--sock PATH` is required"),
+            ("virtiofs --apisock A --sock S", "`--bootstrap FILE` is required"),
+            ("virtiofs --sock S --frobnicate", "--frobnicate"),
+            ("virtiofs --sock S -C c -D d", "cannot be used with"),
+        ];
+        for (line, want) in cases {
+            let message = parse_line(line).expect_err(line).to_string();
+            assert!(message.contains(want), "{line}: {message}");
+        }
+    }
+
+    #[test]
+    fn ignored_flags_say_why() {
+        let o = options("--sock S --xattr -o announce_submounts,cache=auto --prefetch-files p");
+        let flags: Vec<&str> = o.ignored.iter().map(|(flag, _)| flag.as_str()).collect();
+        assert_eq!(
+            flags,
+            ["--xattr", "--prefetch-files", "-o announce_submounts", "-o cache=auto"]
+        );
+    }
+
+    #[test]
+    fn version_and_help_print() {
+        for line in
+            ["--version", "-V", "virtiofs --version", "--help", "-h", "--print-capabilities"]
+        {
+            assert!(matches!(parse_line(line), Ok(Invocation::Print(_))), "{line}");
+        }
+    }
+}

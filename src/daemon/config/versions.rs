@@ -1,0 +1,236 @@
+//! The two versions of the document, key by key.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::table::{Notes, Table};
+use super::{BackendConfig, Config, ConfigError, Form};
+use crate::backend::LocalFsConfig;
+
+const NO_PREFETCH: &str = "prefetch is not in this build";
+const NO_FILE_STATS: &str = "statistics per file are not in this build";
+const SHOWS_XATTRS: &str = "attributes of an image are always shown: capabilities are among them";
+const WHOLE_CHUNKS: &str = "reads are rounded to whole chunks, no further";
+
+pub(super) fn read(form: Form, document: Map<String, Value>) -> Result<Config, ConfigError> {
+    let document = Table::document(document);
+    match form {
+        Form::JsonV1 => version_1(document),
+        _ => version_2(document, form),
+    }
+}
+
+fn version_1(mut top: Table) -> Result<Config, ConfigError> {
+    let mut notes = Notes::new();
+    let mut device = top.table("device")?.ok_or_else(|| top.error("device", "is missing"))?;
+    let id = device.take("id")?.unwrap_or_default();
+
+    let mut backend = required_table(&mut device, "backend")?;
+    let kind = backend_type(&mut backend)?;
+    let own = backend.table("config")?;
+    let backend_config = local_fs(&backend, "config", own, &mut notes)?;
+    debug_assert_eq!(kind, "localfs");
+    backend.finish(&mut notes);
+    no_external_backends(&mut device)?;
+
+    let mut cache = device.table("cache")?;
+    cache_type(&device, cache.as_mut())?;
+    let mut work_dir = PathBuf::from(".");
+    if let Some(mut cache) = cache {
+        cache_flags(&mut cache, &mut notes)?;
+        if let Some(own) = cache.table("config")? {
+            work_dir = file_cache(own, &mut notes)?;
+        }
+        cache.finish(&mut notes);
+    }
+    device.finish(&mut notes);
+
+    mode(&mut top, &mut notes)?;
+    // Every chunk is verified, whatever these say.
+    top.take::<bool>("digest_validate")?;
+    top.ignore("enable_xattr", true, SHOWS_XATTRS, &mut notes)?;
+    file_statistics(&mut top, &mut notes)?;
+    top.ignore("amplify_io", 1u64 << 20, WHOLE_CHUNKS, &mut notes)?;
+    if let Some(prefetch) = top.table("fs_prefetch")? {
+        let keys = ["threads_count", "merging_size", "bandwidth_rate"];
+        ignore_prefetch(prefetch, keys, &mut notes)?;
+    }
+    top.finish(&mut notes);
+    Ok(Config { form: Form::JsonV1, id, backend: backend_config, work_dir, notes })
+}
+
+fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
+    let mut notes = Notes::new();
+    match top.take::<u64>("version")? {
+        Some(2) => {}
+        Some(other) => return Err(top.error("version", format!("this is {other}; 2 is known"))),
+        None => return Err(top.error("version", "is missing")),
+    }
+    let id = top.take("id")?.unwrap_or_default();
+
+    let mut backend = required_table(&mut top, "backend")?;
+    let kind = backend_type(&mut backend)?;
+    let own = backend.table(&kind)?;
+    let backend_config = local_fs(&backend, &kind, own, &mut notes)?;
+    backend.finish(&mut notes);
+    no_external_backends(&mut top)?;
+    if top.table("overlay")?.is_some() {
+        return Err(top.error("overlay", "a writable overlay is not in this build"));
+    }
+
+    let mut cache = top.table("cache")?;
+    cache_type(&top, cache.as_mut())?;
+    let mut work_dir = PathBuf::from(".");
+    if let Some(mut cache) = cache {
+        cache_flags(&mut cache, &mut notes)?;
+        if let Some(own) = cache.table("filecache")? {
+            work_dir = file_cache(own, &mut notes)?;
+        }
+        if let Some(prefetch) = cache.table("prefetch")? {
+            ignore_prefetch(prefetch, ["threads", "batch_size", "bandwidth_limit"], &mut notes)?;
+        }
+        cache.finish(&mut notes);
+    }
+
+    if let Some(mut rafs) = top.table("rafs")? {
+        mode(&mut rafs, &mut notes)?;
+        rafs.take::<bool>("validate")?;
+        rafs.ignore("enable_xattr", true, SHOWS_XATTRS, &mut notes)?;
+        file_statistics(&mut rafs, &mut notes)?;
+        rafs.ignore("batch_size", 1u64 << 20, WHOLE_CHUNKS, &mut notes)?;
+        if let Some(prefetch) = rafs.table("prefetch")? {
+            ignore_prefetch(prefetch, ["threads", "batch_size", "bandwidth_limit"], &mut notes)?;
+        }
+        rafs.finish(&mut notes);
+    }
+    top.finish(&mut notes);
+    Ok(Config { form, id, backend: backend_config, work_dir, notes })
+}
+
+fn required_table(parent: &mut Table, key: &str) -> Result<Table, ConfigError> {
+    parent.table(key)?.ok_or_else(|| parent.error(key, "is missing"))
+}
+
+/// The type of a backend that this build has.
+fn backend_type(backend: &mut Table) -> Result<String, ConfigError> {
+    let kind: String = backend.take("type")?.ok_or_else(|| backend.error("type", "is missing"))?;
+    match kind.as_str() {
+        "localfs" => Ok(kind),
+        "registry" | "oss" | "s3" | "http-proxy" | "localdisk" => {
+            Err(backend.error("type", format!("backend `{kind}` is not in this build")))
+        }
+        _ => Err(backend.error("type", format!("unknown backend `{}`", short(&kind)))),
+    }
+}
+
+/// The `localfs` backend from its own table, `own`, which lies at `key` of `backend`.
+fn local_fs(
+    backend: &Table,
+    key: &str,
+    own: Option<Table>,
+    notes: &mut Notes,
+) -> Result<BackendConfig, ConfigError> {
+    let mut own = own.ok_or_else(|| backend.error(key, "is missing"))?;
+    let path = |text: Option<String>| text.filter(|t| !t.is_empty()).map(PathBuf::from);
+    let blob_file = path(own.take("blob_file")?);
+    let dir = path(own.take("dir")?);
+    let alt_dirs = own.take::<Vec<String>>("alt_dirs")?.unwrap_or_default();
+    // nydusd itself ignores these two.
+    own.take::<bool>("readahead")?;
+    own.take::<u64>("readahead_sec")?;
+    own.finish(notes);
+    if blob_file.is_none() && dir.is_none() {
+        return Err(backend.error(key, "needs `dir` or `blob_file`"));
+    }
+    let alt_dirs = alt_dirs.into_iter().map(PathBuf::from).collect();
+    Ok(BackendConfig::LocalFs(LocalFsConfig { blob_file, dir, alt_dirs }))
+}
+
+fn no_external_backends(parent: &mut Table) -> Result<(), ConfigError> {
+    match parent.take::<Vec<Value>>("external_backends")? {
+        Some(list) if !list.is_empty() => {
+            Err(parent.error("external_backends", "more than one backend is not in this build"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Checks the type of the cache, which lies at `cache` of `parent`.
+fn cache_type(parent: &Table, cache: Option<&mut Table>) -> Result<(), ConfigError> {
+    let path = format!("{}.type", parent.path_of("cache"));
+    let kind = cache.map(|c| c.take::<String>("type")).transpose()?.flatten().unwrap_or_default();
+    let reason = match kind.as_str() {
+        "blobcache" | "filecache" => return Ok(()),
+        "" | "dummycache" => {
+            "a RAFS v6 image needs a cache on disk: use `blobcache` with a `work_dir`".to_owned()
+        }
+        "fscache" => "cache `fscache` is not in this build: use `blobcache`".to_owned(),
+        _ => format!("unknown cache `{}`: use `blobcache`", short(&kind)),
+    };
+    Err(ConfigError::Key { path, reason })
+}
+
+fn cache_flags(cache: &mut Table, notes: &mut Notes) -> Result<(), ConfigError> {
+    let reason = "the cache holds uncompressed chunks, so that a read is one system call";
+    cache.ignore("compressed", false, reason, notes)?;
+    // Every chunk is verified, whatever this says.
+    cache.take::<bool>("validate")?;
+    Ok(())
+}
+
+/// The directory of a `blobcache` or `filecache`; nydusd's default is the working directory.
+fn file_cache(mut own: Table, notes: &mut Notes) -> Result<PathBuf, ConfigError> {
+    for key in ["enable_encryption", "enable_convergent_encryption"] {
+        if own.take::<bool>(key)? == Some(true) {
+            return Err(own.error(key, "an encrypted cache is not in this build"));
+        }
+    }
+    own.ignore("encryption_key", String::new(), "the cache is not encrypted", notes)?;
+    let reason = "the record of what is cached has a form of its own";
+    own.ignore("disable_indexed_map", false, reason, notes)?;
+    let work_dir = own.take::<String>("work_dir")?.filter(|dir| !dir.is_empty());
+    own.finish(notes);
+    Ok(PathBuf::from(work_dir.as_deref().unwrap_or(".")))
+}
+
+fn mode(parent: &mut Table, notes: &mut Notes) -> Result<(), ConfigError> {
+    match parent.take::<String>("mode")?.as_deref() {
+        None | Some("direct" | "") => {}
+        Some("cached") => notes.push(format!(
+            "{}: metadata is always read from the mapped bootstrap",
+            parent.path_of("mode")
+        )),
+        Some(_) => return Err(parent.error("mode", "use `direct` or `cached`")),
+    }
+    Ok(())
+}
+
+fn file_statistics(parent: &mut Table, notes: &mut Notes) -> Result<(), ConfigError> {
+    for key in ["iostats_files", "access_pattern", "latest_read_files"] {
+        parent.ignore(key, false, NO_FILE_STATS, notes)?;
+    }
+    Ok(())
+}
+
+/// Checks a prefetch table, whose numbers are called `numbers`, and notes if it wants to be on.
+fn ignore_prefetch(
+    mut prefetch: Table,
+    numbers: [&str; 3],
+    notes: &mut Notes,
+) -> Result<(), ConfigError> {
+    prefetch.ignore("enable", false, NO_PREFETCH, notes)?;
+    for key in numbers {
+        prefetch.take::<u64>(key)?;
+    }
+    for key in ["prefetch_all", "stream_prefetch"] {
+        prefetch.take::<bool>(key)?;
+    }
+    prefetch.finish(notes);
+    Ok(())
+}
+
+/// A name from the document, short enough for a message.
+fn short(name: &str) -> String {
+    name.chars().filter(|c| !c.is_control()).take(32).collect()
+}

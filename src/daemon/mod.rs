@@ -1,0 +1,42 @@
+//! The household: arguments, config, logs, signals, the HTTP API, and every thread.
+//!
+//! [`run`](run::run) starts the pieces in an order that clients can rely on: the API answers first,
+//! then the image is opened, then the VMM's socket listens, and only then the state is RUNNING.
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod image;
+pub mod log;
+pub mod run;
+pub mod signal;
+pub mod socket;
+pub mod state;
+pub mod version;
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::blob::StoreError;
+use crate::device::DeviceError;
+use crate::rafs::FormatError;
+
+/// Why the daemon cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    #[error("log")]
+    Log(#[source] io::Error),
+    #[error("{what}")]
+    System { what: &'static str, source: io::Error },
+    #[error(transparent)]
+    Config(#[from] config::ConfigError),
+    #[error(transparent)]
+    Socket(#[from] socket::SocketError),
+    #[error("bootstrap {}", path.display())]
+    Bootstrap { path: PathBuf, source: FormatError },
+    #[error("cache")]
+    Store(#[from] StoreError),
+    #[error("device")]
+    Device(#[from] DeviceError),
+}

@@ -1,0 +1,257 @@
+//! The life of the daemon: start, serve, stop.
+//!
+//! The calling thread does nothing but wait for something to happen, so that a signal ends the
+//! process in any phase: while an image is being opened on a file system that hangs, with or without
+//! a VMM, with reads on their way. Everything that could block runs elsewhere and is left behind when
+//! it does not end in time; nothing on disk needs an orderly end.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+
+use super::DaemonError;
+use super::cli::Options;
+use super::image::{self, Image};
+use super::log::{LogGuard, Target};
+use super::signal;
+use super::socket::Sockets;
+use super::state::{State, Status, StopReason};
+use crate::blob::Store;
+use crate::device::{Device, DeviceConfig, Listener, Stop};
+
+/// How long the device and the API may take to end.
+const GRACE: Duration = Duration::from_millis(250);
+/// How long the last lines may take to reach the log.
+const LAST_LINES: Duration = Duration::from_millis(100);
+/// Threads of the blocking pool beside those that decompress: reads of local files and the like.
+const BLOCKING_THREADS: usize = 32;
+
+/// How long a thread of the blocking pool waits for more work. Short, so that a daemon whose guest
+/// has settled holds no memory for stacks; starting a thread costs less than reading a chunk.
+const IDLE_THREAD: Duration = Duration::from_secs(1);
+
+/// What the main thread waits for.
+enum Event {
+    /// The start has come to its end.
+    Started(Result<Running, DaemonError>),
+    /// The device, or the API, has ended; before a stop this is a failure.
+    Ended(Result<(), DaemonError>),
+}
+
+/// What is there to be stopped once everything runs.
+struct Running {
+    store: Arc<Store>,
+    /// How many [`Event::Ended`] a stop brings about.
+    services: usize,
+}
+
+/// Shared by the phases.
+struct Context {
+    options: Options,
+    status: Arc<Status>,
+    sockets: Sockets,
+    runtime: Runtime,
+    stop_device: Stop,
+    stop_api: watch::Sender<bool>,
+    events: Sender<Event>,
+}
+
+/// Serves until a signal or the API says stop.
+///
+/// # Errors
+///
+/// Why the start failed, or what broke later. The operator has been told.
+pub fn run(options: Options) -> Result<(), DaemonError> {
+    let target = match &options.log_file {
+        None => Target::Stderr,
+        Some(path) => Target::File { path: path.clone(), rotate_at: options.log_rotation_bytes },
+    };
+    let log = super::log::init(options.log_level, target).map_err(|e| {
+        let _ = writeln!(io::stderr(), "error: log: {e}");
+        DaemonError::Log(e)
+    })?;
+    log_panics();
+    let result = serve(options, &log);
+    if let Err(e) = &result {
+        log::error!("{}", Chain(e));
+    }
+    log.flush(LAST_LINES);
+    result
+}
+
+fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
+    let system = |what| move |source| DaemonError::System { what, source };
+    let (stop, stopped) = bounded(1);
+    let status = Arc::new(Status::new(options.id.clone(), options.supervisor.clone(), stop));
+    signal::stop_on_signals(Arc::clone(&status)).map_err(system("signal handlers"))?;
+    for (flag, reason) in &options.ignored {
+        log::info!("ignored: {flag}: {reason}");
+    }
+    let files = signal::raise_open_files(options.rlimit_nofile);
+    log::debug!("open files: at most {files}");
+
+    let (events, happened) = bounded(8);
+    let context = Arc::new(Context {
+        status: Arc::clone(&status),
+        sockets: Sockets::default(),
+        runtime: runtime(&options).map_err(system("threads for downloads"))?,
+        stop_device: Stop::new().map_err(system("event descriptor"))?,
+        stop_api: watch::Sender::new(false),
+        events,
+        options,
+    });
+    let starter = Arc::clone(&context);
+    spawn("start", move || {
+        let started = start(&starter);
+        let _ = starter.events.send(Event::Started(started));
+    })?;
+
+    let (result, running) = wait(&stopped, &happened);
+    status.set_state(State::Stopped);
+    context.sockets.remove_all();
+    context.stop_device.raise();
+    context.stop_api.send_replace(true);
+    if let Some(running) = &running {
+        ended_in_time(&happened, running.services);
+    }
+    if result.is_ok() {
+        let (fetched, total) = running.map_or((0, 0), |r| r.store.fetched());
+        log::info!("fetched {fetched} of {total} bytes");
+    }
+    log.flush(LAST_LINES);
+    // What still runs is left behind: the process ends now.
+    std::mem::forget(context);
+    result
+}
+
+/// Waits for the end, and returns what has to be stopped.
+fn wait(
+    stopped: &Receiver<StopReason>,
+    happened: &Receiver<Event>,
+) -> (Result<(), DaemonError>, Option<Running>) {
+    let mut running = None;
+    loop {
+        crossbeam_channel::select! {
+            recv(stopped) -> reason => {
+                match reason {
+                    Ok(StopReason::Signal(signal)) => log::info!("stopping: signal {signal}"),
+                    _ => log::info!("stopping: asked by the API"),
+                }
+                return (Ok(()), running);
+            }
+            recv(happened) -> event => match event {
+                Ok(Event::Started(Ok(started))) => running = Some(started),
+                Ok(Event::Started(Err(e)) | Event::Ended(Err(e))) => return (Err(e), running),
+                Ok(Event::Ended(Ok(()))) => log::warn!("a service ended before it was told to"),
+                Err(_) => unreachable!("the context holds a sender"),
+            }
+        }
+    }
+}
+
+/// Waits for the device and the API, `services` in all, at most [`GRACE`].
+fn ended_in_time(happened: &Receiver<Event>, services: usize) {
+    let deadline = Instant::now() + GRACE;
+    for _ in 0..services {
+        match happened.recv_deadline(deadline) {
+            Ok(Event::Ended(Ok(()))) => {}
+            Ok(Event::Ended(Err(e))) => log::warn!("while stopping: {}", Chain(&e)),
+            Ok(Event::Started(_)) => {}
+            Err(_) => {
+                log::debug!("not everything ended within {GRACE:?}");
+                return;
+            }
+        }
+    }
+}
+
+/// From nothing to RUNNING.
+fn start(context: &Arc<Context>) -> Result<Running, DaemonError> {
+    let Context { options, status, sockets, runtime, .. } = &**context;
+    let begin = Instant::now();
+    let with_api = start_api(context)?;
+    let Image { mounts, store, info } = image::open(options, runtime.handle())?;
+    status.add_mount(info);
+    let system = |source| DaemonError::System { what: "socket", source };
+    let listener = Listener::from_socket(sockets.listen(&options.sock)?).map_err(system)?;
+    let config = DeviceConfig { tag: options.tag.clone(), request_queues: options.request_queues };
+    let device = Device::new(config, mounts, runtime.handle().clone())?;
+    status.set_state(State::Ready);
+    let serving = Arc::clone(context);
+    spawn("vhost-user", move || {
+        let ended = device.serve(&listener, &serving.stop_device).map_err(DaemonError::from);
+        let _ = serving.events.send(Event::Ended(ended));
+    })?;
+    status.set_state(State::Running);
+    log::info!(
+        "running: serving tag {} on {}, ready in {:?}",
+        options.tag,
+        options.sock.display(),
+        begin.elapsed()
+    );
+    Ok(Running { store, services: 1 + usize::from(with_api) })
+}
+
+/// Serves the API if a socket for it was asked for; says whether.
+fn start_api(context: &Arc<Context>) -> Result<bool, DaemonError> {
+    let Some(path) = &context.options.apisock else {
+        return Ok(false);
+    };
+    let listener = context.sockets.listen(path)?;
+    let mut stop = context.stop_api.subscribe();
+    let stop = async move {
+        // An error means that the sender is gone, which is a stop too.
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    let api = super::api::serve(listener, Arc::clone(&context.status), stop);
+    let events = context.events.clone();
+    context.runtime.spawn(async move {
+        let ended = api.await.map_err(|source| DaemonError::System { what: "api", source });
+        let _ = events.try_send(Event::Ended(ended));
+    });
+    Ok(true)
+}
+
+fn runtime(options: &Options) -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(BLOCKING_THREADS + usize::from(options.workers).max(64))
+        .thread_name("fetch")
+        .thread_keep_alive(IDLE_THREAD)
+        .enable_all()
+        .build()
+}
+
+fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), DaemonError> {
+    let thread = thread::Builder::new().name(name.into()).spawn(work);
+    thread.map(drop).map_err(|source| DaemonError::System { what: "thread", source })
+}
+
+/// A panic is a bug of ours: it goes to the log, like everything else, and ends its thread only.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let thread = thread::current();
+        log::error!("thread {} {info}", thread.name().unwrap_or("without a name"));
+    }));
+}
+
+/// An error with its causes, on one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! The guest's memory, as the front end describes it.
+//!
+//! A `Memory` never changes: adding or removing a region makes a new one that shares the other
+//! mappings. Whoever holds an `Arc<Memory>` may therefore use it for as long as it likes, however
+//! often the front end replaces the table meanwhile; a mapping goes away with its last holder.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_memory::guest_memory::FileOffset;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+/// The address space that virtqueues and descriptors point into. No dirty bitmap.
+pub(super) type GuestMemory = GuestMemoryMmap<()>;
+
+/// Where a region lies, in the three address spaces that meet in a memory table.
+///
+/// Source: vhost-user specification, "Single memory region description".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Placement {
+    /// Guest-physical address of the first byte.
+    pub guest_addr: u64,
+    /// Bytes; not 0.
+    pub len: u64,
+    /// Address of the first byte in the front end's own address space, which ring addresses use.
+    pub user_addr: u64,
+    /// Where the region starts in its file, in bytes.
+    pub file_offset: u64,
+}
+
+/// Why a memory table was refused.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MemoryError {
+    #[error("region {0:x?} is empty or wraps around an address space")]
+    Range(Placement),
+    #[error("region {placement:x?} ends past the {file_len} bytes of its file")]
+    PastFile { placement: Placement, file_len: u64 },
+    #[error("mapping region {placement:x?}")]
+    Map {
+        placement: Placement,
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    #[error("looking at the file of region {placement:x?}")]
+    Stat { placement: Placement, source: std::io::Error },
+    #[error("regions overlap")]
+    Overlap(#[source] vm_memory::GuestRegionCollectionError),
+    #[error("no region {0:x?} to remove")]
+    Unknown(Placement),
+    #[error("already {0} regions")]
+    Full(usize),
+}
+
+/// One generation of the guest's memory.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    /// In order of guest address, like the regions of `guest`.
+    placements: Vec<Placement>,
+    guest: GuestMemory,
+    /// 0 for the empty memory a connection starts with; every change counts one up.
+    generation: u64,
+}
+
+impl Memory {
+    /// Regions we take. QEMU uses at most 509, KVM's own limit.
+    pub(super) const MAX_REGIONS: usize = 512;
+
+    /// The table that replaces this one.
+    pub(super) fn replaced(
+        &self,
+        regions: impl IntoIterator<Item = (Placement, File)>,
+    ) -> Result<Memory, MemoryError> {
+        let mut next = Memory { generation: self.generation, ..Memory::default() };
+        for (placement, file) in regions {
+            next = next.with(placement, file)?;
+        }
+        next.generation = self.generation + 1;
+        Ok(next)
+    }
+
+    /// This memory and one region more.
+    pub(super) fn with(&self, placement: Placement, file: File) -> Result<Memory, MemoryError> {
+        if self.placements.len() >= Self::MAX_REGIONS {
+            return Err(MemoryError::Full(self.placements.len()));
+        }
+        let region = Arc::new(map(placement, file)?);
+        let guest = self.guest.insert_region(region).map_err(MemoryError::Overlap)?;
+        let mut placements = self.placements.clone();
+        placements.push(placement);
+        placements.sort_by_key(|p| p.guest_addr);
+        Ok(Memory { placements, guest, generation: self.generation + 1 })
+    }
+
+    /// This memory without one region, which is named by its guest address, user address and
+    /// length; the file offset is not looked at, as the specification has it.
+    pub(super) fn without(&self, region: Placement) -> Result<Memory, MemoryError> {
+        let same = |p: &Placement| {
+            (p.guest_addr, p.len, p.user_addr) == (region.guest_addr, region.len, region.user_addr)
+        };
+        let index = self.placements.iter().position(same).ok_or(MemoryError::Unknown(region))?;
+        let (guest, _) = self
+            .guest
+            .remove_region(GuestAddress(region.guest_addr), region.len)
+            .map_err(|_| MemoryError::Unknown(region))?;
+        let mut placements = self.placements.clone();
+        placements.remove(index);
+        Ok(Memory { placements, guest, generation: self.generation + 1 })
+    }
+
+    /// What descriptors point into.
+    pub(super) fn guest(&self) -> &GuestMemory {
+        &self.guest
+    }
+
+    /// Differs between any two memories of one connection.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Guest-physical address of an address in the front end's address space. `None` if no region
+    /// holds it.
+    pub(super) fn guest_addr(&self, user_addr: u64) -> Option<GuestAddress> {
+        self.placements.iter().find_map(|p| {
+            let offset = user_addr.checked_sub(p.user_addr)?;
+            (offset < p.len).then(|| GuestAddress(p.guest_addr + offset))
+        })
+    }
+}
+
+/// Maps one region, shared with the front end.
+fn map(placement: Placement, file: File) -> Result<GuestRegionMmap<()>, MemoryError> {
+    let Placement { guest_addr, len, user_addr, file_offset } = placement;
+    let range = || MemoryError::Range(placement);
+    if len == 0 || user_addr.checked_add(len).is_none() || guest_addr.checked_add(len).is_none() {
+        return Err(range());
+    }
+    let end = file_offset.checked_add(len).ok_or_else(range)?;
+    let size = usize::try_from(len).map_err(|_| range())?;
+    // Touching a page past the end of the file would end this process with SIGBUS.
+    let meta = file.metadata().map_err(|source| MemoryError::Stat { placement, source })?;
+    if meta.is_file() && meta.len() < end {
+        return Err(MemoryError::PastFile { placement, file_len: meta.len() });
+    }
+    let mapping = MmapRegion::from_file(FileOffset::new(file, file_offset), size)
+        .map_err(|source| MemoryError::Map { placement, source })?;
+    let region = GuestRegionMmap::new(mapping, GuestAddress(guest_addr)).ok_or_else(range)?;
+    debug_assert_eq!(region.len(), len);
+    Ok(region)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    const PAGE: u64 = 0x1000;
+
+    fn file(len: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        file
+    }
+
+    fn at(guest_addr: u64, len: u64, user_addr: u64) -> Placement {
+        Placement { guest_addr, len, user_addr, file_offset: 0 }
+    }
+
+    #[test]
+    fn user_addresses_become_guest_addresses() {
+        let memory = Memory::default()
+            .with(at(0, 4 * PAGE, 0x7000_0000), file(4 * PAGE))
+            .unwrap()
+            .with(at(0x1_0000_0000, PAGE, 0x7100_0000), file(PAGE))
+            .unwrap();
+        let cases = [
+            (0x7000_0000, Some(0)),
+            (0x7000_3fff, Some(0x3fff)),
+            (0x7000_4000, None),
+            (0x6fff_ffff, None),
+            (0x7100_0008, Some(0x1_0000_0008)),
+        ];
+        for (user, want) in cases {
+            assert_eq!(memory.guest_addr(user), want.map(GuestAddress), "{user:x}");
+        }
+    }
+
+    #[test]
+    fn a_removed_region_stays_for_those_who_hold_it() {
+        let one = Memory::default().with(at(0, PAGE, 0x10000), file(PAGE)).unwrap();
+        let two = one.with(at(PAGE, PAGE, 0x20000), file(PAGE)).unwrap();
+        let back = two.without(at(PAGE, PAGE, 0x20000)).unwrap();
+        assert!(two.guest().write_obj(7u32, GuestAddress(PAGE)).is_ok());
+        assert!(back.guest().write_obj(7u32, GuestAddress(PAGE)).is_err());
+        assert!(back.guest().write_obj(7u32, GuestAddress(0)).is_ok());
+        let generations = [one.generation(), two.generation(), back.generation()];
+        assert_eq!(generations, [1, 2, 3]);
+    }
+
+    #[test]
+    fn tables_that_cannot_be() {
+        let one = Memory::default().with(at(0, 2 * PAGE, 0x10000), file(2 * PAGE)).unwrap();
+        let refused = [
+            (at(PAGE, PAGE, 0x40000), "overlaps"),
+            (at(4 * PAGE, 0, 0x40000), "empty"),
+            (at(4 * PAGE, 3 * PAGE, 0x40000), "longer than its file"),
+            (at(u64::MAX - 0xfff, 2 * PAGE, 0x40000), "wraps around"),
+            (at(4 * PAGE, PAGE, u64::MAX - 0xff), "wraps around for the front end"),
+        ];
+        for (placement, why) in refused {
+            assert!(one.with(placement, file(2 * PAGE)).is_err(), "{why}");
+        }
+        let unknown = [at(0, PAGE, 0x10000), at(0, 2 * PAGE, 0x20000), at(PAGE, 2 * PAGE, 0x10000)];
+        for placement in unknown {
+            assert!(one.without(placement).is_err(), "{placement:x?}");
+        }
+    }
+
+    #[test]
+    fn as_many_regions_as_a_vmm_has_slots() {
+        let mut memory = Memory::default();
+        for i in 0..Memory::MAX_REGIONS as u64 {
+            memory =
+                memory.with(at(i * 2 * PAGE, PAGE, 0x1000_0000 + i * PAGE), file(PAGE)).unwrap();
+        }
+        assert!(matches!(
+            memory.with(at(1 << 40, PAGE, 1 << 40), file(PAGE)),
+            Err(MemoryError::Full(512))
+        ));
+    }
+}

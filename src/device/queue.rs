@@ -1,0 +1,532 @@
+//! A virtqueue at work: takes chains out of the available ring, has them served, gives them back.
+//!
+//! A `Worker` is the thread of a started ring. It alone touches the guest's memory on behalf of that
+//! ring, so it needs no lock, and when it has ended nobody does. It serves a chain as soon as it has
+//! taken it; chains whose answer must wait go to the table of held requests, and the worker serves
+//! them again when the note comes that their wait is over.
+//!
+//! Nothing in the guest's memory is believed. What becomes of each kind of nonsense is listed in
+//! `docs/device.md`; every head that names a descriptor is given back exactly once.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use rustix::event::{Timespec, epoll};
+use rustix::fs::{FileType, fstat};
+use tokio::runtime::Handle;
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+
+use super::chain::{Chain, Fault};
+use super::counters::{Complaint, Complaints, Counters, count};
+use super::held::{Held, HeldTable, Inbox, Note};
+use super::memory::{GuestMemory, Memory};
+use super::{Outcome, Serve, Wait};
+
+/// Chains taken before the worker looks at its inbox again.
+const BATCH: u32 = 64;
+/// Answers after which the guest is told at the latest.
+const SIGNAL_AFTER_ANSWERS: u32 = 32;
+/// Bytes of answers after which the guest is told at the latest: it need not wait for a whole batch
+/// of big reads to get the first.
+const SIGNAL_AFTER_BYTES: u32 = 512 * 1024;
+/// How often a ring without a kick descriptor is looked at.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+/// What a queue shares with the rest of its connection.
+pub(super) struct Shared<S: Serve> {
+    /// 0 is the queue for urgent requests.
+    pub index: u16,
+    pub service: Arc<S>,
+    pub memory: Arc<ArcSwap<Memory>>,
+    /// Inboxes of all queues of the connection, by index.
+    pub inboxes: Arc<[Arc<Inbox<S::Pins>>]>,
+    /// Written to when the guest should look at the used ring. Without one, the guest polls.
+    pub call: ArcSwapOption<File>,
+    /// Written to when the ring is broken.
+    pub err: ArcSwapOption<File>,
+    pub counters: Arc<Counters>,
+    pub complaints: Arc<Complaints>,
+    pub runtime: Handle,
+}
+
+impl<S: Serve> Shared<S> {
+    pub(super) fn inbox(&self) -> &Arc<Inbox<S::Pins>> {
+        &self.inboxes[usize::from(self.index)]
+    }
+
+    /// Tells the guest to look at the used ring.
+    pub(super) fn signal(&self) {
+        signal(&self.call);
+    }
+
+    /// Writes down what the guest or the VMM did wrong.
+    fn complain(&self, kind: Complaint, what: &dyn std::fmt::Display) {
+        let counter = match kind {
+            Complaint::Chain => &self.counters.bad_chains_total,
+            Complaint::Request => &self.counters.bad_requests_total,
+            Complaint::Head => &self.counters.bad_heads_total,
+            Complaint::Index => &self.counters.bad_indexes_total,
+            Complaint::Ring => &self.counters.bad_rings_total,
+            Complaint::Message => &self.counters.bad_messages_total,
+        };
+        count(counter);
+        if self.complaints.first(kind) {
+            log::warn!("queue {}: {what}; more of this kind is only counted", self.index);
+        }
+    }
+
+    /// The ring itself is broken: the VMM may want to know.
+    pub(super) fn complain_ring(&self, kind: Complaint, what: &dyn std::fmt::Display) {
+        self.complain(kind, what);
+        signal(&self.err);
+    }
+}
+
+fn signal(fd: &ArcSwapOption<File>) {
+    if let Some(file) = &*fd.load() {
+        // An error means that the VMM has gone: then its connection ends as well.
+        let _ = rustix::io::write(file, &1u64.to_ne_bytes());
+    }
+}
+
+/// How the worker learns that the guest has put something into the ring.
+#[derive(Clone, Debug)]
+pub(super) enum Kick {
+    /// By an event descriptor.
+    Fd(Arc<File>),
+    /// Not at all: it has to look.
+    Polling,
+}
+
+/// The thread of a started ring.
+pub(super) struct Worker<S: Serve> {
+    shared: Arc<Shared<S>>,
+    queue: Queue,
+    held: HeldTable<S::Request>,
+    /// Generation of the memory for which `usable` was found.
+    checked: Option<u64>,
+    /// Whether the ring lies in the guest's memory.
+    usable: bool,
+    /// Where the ring stood before an available index that could not be.
+    jumped_from: Option<u16>,
+    /// Answers given back since the guest was last told.
+    unsignalled: u32,
+    /// Their length, in bytes.
+    unsignalled_bytes: u32,
+    /// Reused for each request.
+    bytes: Vec<u8>,
+    notes: Vec<Note<S::Pins>>,
+    no_pins: S::Pins,
+}
+
+impl<S: Serve> Worker<S> {
+    /// A worker for `queue`, which must be ready but need not lie in the guest's memory, and for
+    /// the requests of this ring that were held when it last stopped.
+    pub(super) fn new(shared: Arc<Shared<S>>, queue: Queue, held: HeldTable<S::Request>) -> Self {
+        Worker {
+            shared,
+            queue,
+            held,
+            checked: None,
+            usable: false,
+            jumped_from: None,
+            unsignalled: 0,
+            unsignalled_bytes: 0,
+            bytes: Vec::new(),
+            notes: Vec::new(),
+            no_pins: S::Pins::default(),
+        }
+    }
+
+    /// Works until `stop` is set and the inbox wakes it; then returns what is needed to go on later.
+    pub(super) fn run(mut self, kick: &Kick, stop: &AtomicBool) -> (Queue, HeldTable<S::Request>) {
+        let shared = Arc::clone(&self.shared);
+        let mut doorbell = match Doorbell::new(kick, shared.inbox().wake_fd()) {
+            Ok(doorbell) => Some(doorbell),
+            Err(e) => {
+                log::error!("queue {}: polling instead of waiting: {e}", shared.index);
+                None
+            }
+        };
+        while !stop.load(Ordering::Acquire) {
+            if self.turn(stop) {
+                continue;
+            }
+            match &mut doorbell {
+                Some(doorbell) => doorbell.wait(),
+                None => std::thread::sleep(POLL_INTERVAL),
+            }
+        }
+        (self.queue, self.held)
+    }
+
+    /// Serves what is there, up to a batch. False if there is nothing more to do before the doorbell
+    /// rings.
+    fn turn(&mut self, stop: &AtomicBool) -> bool {
+        let memory = self.shared.memory.load_full();
+        if !self.check(&memory) {
+            return false;
+        }
+        let guest = memory.guest();
+        self.read_notes(guest);
+        if self.queue.disable_notification(guest).is_err() {
+            self.forget_check();
+            return false;
+        }
+        let mut taken = 0;
+        let mut end = End::Batch;
+        while taken < BATCH && !stop.load(Ordering::Relaxed) {
+            if self.held.len() >= usize::from(self.queue.size()) {
+                end = End::Full;
+                break;
+            }
+            match self.pop(guest) {
+                Popped::Head(chain) => self.serve(&memory, Chain::walk(chain)),
+                Popped::Nonsense => {}
+                Popped::Nothing => {
+                    end = End::Drained;
+                    break;
+                }
+            }
+            taken += 1;
+            if self.unsignalled >= SIGNAL_AFTER_ANSWERS
+                || self.unsignalled_bytes >= SIGNAL_AFTER_BYTES
+            {
+                self.signal(guest);
+            }
+        }
+        self.signal(guest);
+        if taken > 0 {
+            let requests = &self.shared.counters.requests_total;
+            requests.fetch_add(u64::from(taken), Ordering::Relaxed);
+        }
+        match end {
+            End::Batch => true,
+            // The next note wakes us.
+            End::Full => false,
+            // The guest may have added something before it could see that we want to be told again.
+            End::Drained => self.queue.enable_notification(guest).unwrap_or(false),
+        }
+    }
+
+    /// Whether the ring can be used with this memory.
+    fn check(&mut self, memory: &Memory) -> bool {
+        if self.checked != Some(memory.generation()) {
+            self.checked = Some(memory.generation());
+            self.usable = self.queue.is_valid(memory.guest());
+            if !self.usable {
+                self.shared
+                    .complain_ring(Complaint::Ring, &"the ring is outside the guest's memory");
+            }
+        }
+        self.usable
+    }
+
+    /// The ring could not be accessed although it was checked.
+    fn forget_check(&mut self) {
+        self.usable = false;
+        self.shared.complain_ring(Complaint::Ring, &"the ring cannot be accessed");
+    }
+
+    /// Takes the next chain.
+    fn pop<'m>(&mut self, guest: &'m GuestMemory) -> Popped<'m> {
+        if let Some(old) = self.jumped_from {
+            self.settle_jump(guest, old);
+        }
+        let descriptors = match self.queue.iter(guest) {
+            Ok(mut available) => available.next(),
+            Err(QueueError::InvalidAvailRingIndex) => {
+                self.follow_jump(guest);
+                return Popped::Nothing;
+            }
+            Err(_) => {
+                self.forget_check();
+                return Popped::Nothing;
+            }
+        };
+        let Some(descriptors) = descriptors else {
+            return Popped::Nothing;
+        };
+        if descriptors.head_index() >= self.queue.size() {
+            self.shared.complain(Complaint::Head, &"an available entry names no descriptor");
+            return Popped::Nonsense;
+        }
+        Popped::Head(descriptors)
+    }
+
+    /// The available index is further ahead than the queue is long, so what the ring says between
+    /// here and there was never meant, and nothing of it is taken.
+    #[cold]
+    fn follow_jump(&mut self, guest: &GuestMemory) {
+        match self.queue.avail_idx(guest, Ordering::Acquire) {
+            Ok(index) => {
+                self.jumped_from = Some(self.queue.next_avail());
+                self.queue.set_next_avail(index.0);
+                self.shared.complain_ring(
+                    Complaint::Index,
+                    &"the available index is ahead by more than the queue's size",
+                );
+            }
+            Err(_) => self.forget_check(),
+        }
+    }
+
+    /// After a jump the guest may go on from the new place or return to the old one: it is at the
+    /// one that its next request is closer to.
+    #[cold]
+    fn settle_jump(&mut self, guest: &GuestMemory, old: u16) {
+        let Ok(index) = self.queue.avail_idx(guest, Ordering::Acquire) else {
+            return self.forget_check();
+        };
+        let beyond_new = index.0.wrapping_sub(self.queue.next_avail());
+        let beyond_old = index.0.wrapping_sub(old);
+        if beyond_new == 0 {
+            return;
+        }
+        self.jumped_from = None;
+        if beyond_old <= self.queue.size() && beyond_old < beyond_new {
+            self.queue.set_next_avail(old);
+        }
+    }
+
+    /// Serves a chain that was just taken.
+    fn serve(&mut self, memory: &Arc<Memory>, chain: Chain) {
+        let guest = memory.guest();
+        let unread = chain.copy_readable(guest, &mut self.bytes, S::MAX_REQUEST_LEN);
+        let (reply, unwritable) = chain.writable_slices(guest);
+        if let Some(fault) = chain.fault().or(unread.err()).or(unwritable) {
+            return self.refuse_chain(guest, &chain, fault, &reply);
+        }
+        let request = match self.shared.service.parse(&self.bytes) {
+            Ok(request) => request,
+            Err(errno) => {
+                self.shared.complain(Complaint::Request, &"a request that makes no sense");
+                let len = self.shared.service.refuse(&self.bytes, errno, &reply);
+                return self.give_back(guest, &chain, len);
+            }
+        };
+        match handle(&*self.shared, &request, &reply, &self.no_pins) {
+            Outcome::Wait(wait) => {
+                let held = Held {
+                    unique: S::unique(&request),
+                    chain,
+                    request,
+                    memory: Arc::clone(memory),
+                };
+                self.hold(held, wait);
+            }
+            outcome => self.finish(guest, &chain, outcome),
+        }
+    }
+
+    #[cold]
+    fn refuse_chain(
+        &mut self,
+        guest: &GuestMemory,
+        chain: &Chain,
+        fault: Fault,
+        reply: &[VolatileSlice<'_>],
+    ) {
+        self.shared.complain(Complaint::Chain, &fault);
+        let service = &self.shared.service;
+        let len = service.refuse(&self.bytes, libc::EIO, reply);
+        self.give_back(guest, chain, len);
+    }
+
+    /// Serves or ends held requests, as the notes say. `guest` is where the ring is now; the
+    /// requests' own buffers are where they were when they came.
+    fn read_notes(&mut self, guest: &GuestMemory) {
+        let shared = Arc::clone(&self.shared);
+        let mut notes = std::mem::take(&mut self.notes);
+        shared.inbox().collect(&mut notes);
+        for note in notes.drain(..) {
+            match note {
+                Note::Ready(ticket, pins) => {
+                    if let Some(held) = self.held.take(ticket, shared.inbox()) {
+                        self.resume(guest, held, &pins);
+                    }
+                }
+                Note::Lost(ticket) => {
+                    if let Some(held) = self.held.take(ticket, shared.inbox()) {
+                        count(&shared.counters.held_lost_total);
+                        log::error!(
+                            "queue {}: request {}: its wait broke off",
+                            shared.index,
+                            held.unique
+                        );
+                        self.end(guest, &held, libc::EIO);
+                    }
+                }
+                Note::Interrupt(unique) => {
+                    if let Some(held) = self.held.interrupt(unique, shared.inbox()) {
+                        self.end(guest, &held, libc::EINTR);
+                    }
+                }
+            }
+        }
+        self.notes = notes;
+    }
+
+    /// Serves a request again whose wait is over.
+    fn resume(&mut self, guest: &GuestMemory, held: Held<S::Request>, pins: &S::Pins) {
+        let memory = Arc::clone(&held.memory);
+        let (reply, _) = held.chain.writable_slices(memory.guest());
+        match handle(&*self.shared, &held.request, &reply, pins) {
+            Outcome::Wait(wait) => self.hold(held, wait),
+            outcome => self.finish(guest, &held.chain, outcome),
+        }
+    }
+
+    /// Answers a held request with an error.
+    fn end(&mut self, guest: &GuestMemory, held: &Held<S::Request>, errno: i32) {
+        let (reply, _) = held.chain.writable_slices(held.memory.guest());
+        let len = self.shared.service.error(held.unique, errno, &reply);
+        self.give_back(guest, &held.chain, len);
+    }
+
+    fn hold(&mut self, held: Held<S::Request>, wait: Wait<S::Pins>) {
+        count(&self.shared.counters.held_total);
+        self.held.hold(held, wait, self.shared.inbox(), &self.shared.runtime);
+    }
+
+    /// Gives back a request that has been served.
+    fn finish(&mut self, guest: &GuestMemory, chain: &Chain, outcome: Outcome<S::Pins>) {
+        let len = match outcome {
+            Outcome::Reply(len) => len.min(chain.writable_len()),
+            Outcome::NoReply | Outcome::Wait(_) => 0,
+            Outcome::Interrupt(unique) => {
+                for inbox in self.shared.inboxes.iter() {
+                    inbox.interrupt(unique);
+                }
+                0
+            }
+        };
+        self.give_back(guest, chain, len);
+    }
+
+    /// Puts a chain into the used ring, with the number of bytes that were written to it.
+    fn give_back(&mut self, guest: &GuestMemory, chain: &Chain, len: u32) {
+        match self.queue.add_used(guest, chain.head(), len) {
+            Ok(()) => {
+                self.unsignalled += 1;
+                self.unsignalled_bytes = self.unsignalled_bytes.saturating_add(len);
+            }
+            Err(_) => self.forget_check(),
+        }
+    }
+
+    /// Tells the guest about answers it has not been told of, if it wants to know.
+    fn signal(&mut self, guest: &GuestMemory) {
+        if self.unsignalled == 0 {
+            return;
+        }
+        self.unsignalled = 0;
+        self.unsignalled_bytes = 0;
+        if self.wants_signal(guest) {
+            self.shared.signal();
+        }
+    }
+
+    fn wants_signal(&mut self, guest: &GuestMemory) -> bool {
+        // With a fence between the answers and what the guest last said.
+        if !self.queue.needs_notification(guest).unwrap_or(true) {
+            return false;
+        }
+        if self.queue.event_idx_enabled() {
+            return true;
+        }
+        let flags = guest.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
+        flags.map_or(true, |flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+}
+
+/// Why a turn is over.
+enum End {
+    /// There may be more.
+    Batch,
+    Drained,
+    /// As many requests are held as the ring has descriptors. Only a guest that reuses descriptors
+    /// before it gets them back can have more.
+    Full,
+}
+
+/// What the available ring had to offer.
+enum Popped<'m> {
+    /// A chain to follow, by a head that can be given back.
+    Head(DescriptorChain<&'m GuestMemory>),
+    /// An entry that cannot be given back.
+    Nonsense,
+    Nothing,
+}
+
+/// Has the service carry out a request. A panic there is one failed request, not a dead queue.
+fn handle<S: Serve>(
+    shared: &Shared<S>,
+    request: &S::Request,
+    reply: &[VolatileSlice<'_>],
+    pins: &S::Pins,
+) -> Outcome<S::Pins> {
+    let service = &*shared.service;
+    catch_unwind(AssertUnwindSafe(|| service.handle(request, reply, pins))).unwrap_or_else(|_| {
+        count(&shared.counters.panics_total);
+        let unique = S::unique(request);
+        log::error!("queue {}: request {unique}: panicked", shared.index);
+        Outcome::Reply(service.error(unique, libc::EIO, reply))
+    })
+}
+
+/// Sleeps until the guest or the inbox wants something.
+struct Doorbell {
+    epoll: OwnedFd,
+    /// A kick that is no eventfd is emptied, so that it never fills up. An eventfd counts further
+    /// for longer than any guest lives, and each count is an edge: reading it would be a system
+    /// call for nothing.
+    drain: Option<Arc<File>>,
+    timeout: Option<Timespec>,
+}
+
+const KICK: u64 = 0;
+const WAKE: u64 = 1;
+
+impl Doorbell {
+    fn new(kick: &Kick, wake: BorrowedFd<'_>) -> std::io::Result<Doorbell> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let edge = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&epoll, wake, epoll::EventData::new_u64(WAKE), edge)?;
+        let mut doorbell =
+            Doorbell { epoll, drain: None, timeout: Timespec::try_from(POLL_INTERVAL).ok() };
+        let Kick::Fd(file) = kick else {
+            return Ok(doorbell);
+        };
+        match epoll::add(&doorbell.epoll, file, epoll::EventData::new_u64(KICK), edge) {
+            Ok(()) => doorbell.timeout = None,
+            // Something that cannot be waited for, such as a regular file.
+            Err(e) => log::warn!("kick descriptor: polling instead of waiting: {e}"),
+        }
+        let kind = FileType::from_raw_mode(fstat(file)?.st_mode);
+        if matches!(kind, FileType::Fifo | FileType::Socket) {
+            doorbell.drain = Some(Arc::clone(file));
+        }
+        Ok(doorbell)
+    }
+
+    fn wait(&mut self) {
+        let mut events = [const {
+            epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }
+        }; 2];
+        // Interrupted by a signal or not: the worker looks at everything anyway.
+        let woken = epoll::wait(&self.epoll, &mut events, self.timeout.as_ref()).unwrap_or(0);
+        if let Some(file) = &self.drain
+            && events[..woken].iter().any(|e| e.data.u64() == KICK)
+        {
+            let _ = rustix::io::read(file.as_fd(), &mut [0u8; 4096]);
+        }
+    }
+}

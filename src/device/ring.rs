@@ -1,0 +1,281 @@
+//! A virtqueue as the VMM sets it up, starts, stops and starts again.
+//!
+//! A ring works when the VMM has given it addresses and a kick, and enabled it, in whatever order.
+//! While it works its state is with its thread; `halt` ends the thread and takes the state back. If
+//! the ring is then started at exactly the place where it stood (the VM was paused, `stop` and
+//! `cont`), the requests it holds are still the guest's and are answered when they can be. If it is
+//! started anywhere else, its driver has begun anew, and they are forgotten.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Address, GuestAddress};
+
+use super::Serve;
+use super::counters::Complaint;
+use super::held::HeldTable;
+use super::memory::Memory;
+use super::queue::{Kick, Shared, Worker};
+
+/// Longest ring we take, in descriptors.
+pub(super) const MAX_SIZE: u16 = 1024;
+
+/// Addresses of a ring's three parts, as the VMM names them: in its own address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Addresses {
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+}
+
+/// Where exactly a ring stands. A ring that holds requests has given back fewer than it has taken;
+/// a fresh ring has not: so one never passes for the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    size: u16,
+    /// Guest-physical addresses of the three parts.
+    parts: [u64; 3],
+    next_avail: u16,
+    next_used: u16,
+}
+
+impl Place {
+    fn of(queue: &Queue) -> Place {
+        Place {
+            size: queue.size(),
+            parts: [queue.desc_table(), queue.avail_ring(), queue.used_ring()],
+            next_avail: queue.next_avail(),
+            next_used: queue.next_used(),
+        }
+    }
+}
+
+/// What a thread returns of its ring.
+type Remains<S> = (Queue, HeldTable<<S as Serve>::Request>);
+
+enum State<S: Serve> {
+    /// `held` belongs to the ring as it stood at `place`.
+    Idle {
+        held: HeldTable<S::Request>,
+        place: Option<Place>,
+    },
+    Working(Thread<S>),
+}
+
+struct Thread<S: Serve> {
+    stop: Arc<AtomicBool>,
+    remains: Receiver<Remains<S>>,
+    handle: JoinHandle<()>,
+}
+
+/// One virtqueue of a connection.
+pub(super) struct Ring<S: Serve> {
+    shared: Arc<Shared<S>>,
+    size: u16,
+    addresses: Option<Addresses>,
+    /// Index of the next entry of the available ring to take.
+    base: u16,
+    kick: Option<Kick>,
+    enabled: bool,
+    state: State<S>,
+}
+
+impl<S: Serve> Ring<S> {
+    /// A ring that nobody has set up.
+    pub(super) fn new(shared: Arc<Shared<S>>) -> Ring<S> {
+        Ring {
+            shared,
+            size: MAX_SIZE,
+            addresses: None,
+            base: 0,
+            kick: None,
+            enabled: false,
+            state: State::Idle { held: HeldTable::new(), place: None },
+        }
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared<S>> {
+        &self.shared
+    }
+
+    /// Sets the number of descriptors: a power of two, at most [`MAX_SIZE`]. False if it is not.
+    pub(super) fn set_size(&mut self, size: u32) -> bool {
+        let Ok(size) = u16::try_from(size) else {
+            return false;
+        };
+        if size > MAX_SIZE || !size.is_power_of_two() {
+            return false;
+        }
+        if size != self.size {
+            self.halt();
+            self.size = size;
+        }
+        true
+    }
+
+    pub(super) fn set_addresses(&mut self, addresses: Addresses) {
+        // A VMM that begins or ends migration repeats the addresses of working rings.
+        if self.addresses != Some(addresses) {
+            self.halt();
+            self.addresses = Some(addresses);
+        }
+    }
+
+    /// Sets the index of the next available entry to take.
+    pub(super) fn set_base(&mut self, base: u16) {
+        self.halt();
+        self.base = base;
+    }
+
+    pub(super) fn set_kick(&mut self, kick: Kick) {
+        self.halt();
+        self.kick = Some(kick);
+    }
+
+    /// Lets the ring work, or pauses it: nothing is taken or answered, and nothing is lost.
+    pub(super) fn set_enabled(&mut self, enabled: bool) {
+        if !enabled {
+            self.halt();
+        }
+        self.enabled = enabled;
+    }
+
+    /// Stops the ring and returns the index of the next available entry. When this returns, nothing
+    /// touches the guest's memory for this ring any more, until it is started again.
+    pub(super) fn stop(&mut self) -> u16 {
+        self.halt();
+        self.kick = None;
+        self.base
+    }
+
+    /// Back to what `new` returns, except for the descriptors to call.
+    pub(super) fn reset(&mut self) {
+        self.halt();
+        if let State::Idle { held, .. } = &mut self.state {
+            held.clear(self.shared.inbox());
+        }
+        *self = Ring::new(Arc::clone(&self.shared));
+    }
+
+    /// Starts the ring's thread if everything it needs is there.
+    pub(super) fn start(&mut self, event_idx: bool) {
+        let (Some(addresses), Some(kick), true) = (self.addresses, &self.kick, self.enabled) else {
+            return;
+        };
+        let State::Idle { held, place } = &mut self.state else {
+            return;
+        };
+        let memory = self.shared.memory.load();
+        if memory.generation() == 0 {
+            return;
+        }
+        let Some(queue) = prepare(&memory, self.size, addresses, self.base, event_idx) else {
+            let what = "the ring is not started: it is outside the guest's memory";
+            self.shared.complain_ring(Complaint::Ring, &what);
+            return;
+        };
+        let mut held = std::mem::replace(held, HeldTable::new());
+        if *place != Some(Place::of(&queue)) {
+            held.clear(self.shared.inbox());
+        }
+        let (stop, kick) = (Arc::new(AtomicBool::new(false)), kick.clone());
+        let (send, remains) = bounded(1);
+        let worker = Worker::new(Arc::clone(&self.shared), queue, held);
+        let spawned = std::thread::Builder::new().name(format!("vq{}", self.shared.index)).spawn({
+            let stop = Arc::clone(&stop);
+            move || {
+                let _ = send.send(worker.run(&kick, &stop));
+            }
+        });
+        match spawned {
+            Ok(handle) => {
+                self.state = State::Working(Thread { stop, remains, handle });
+            }
+            // Tried again with the next message that concerns the ring.
+            Err(e) => log::error!("queue {}: starting its thread: {e}", self.shared.index),
+        }
+    }
+
+    /// Whether the ring has a thread.
+    pub(super) fn is_working(&self) -> bool {
+        matches!(self.state, State::Working(_))
+    }
+
+    /// Asks the ring's thread to end, without waiting for it.
+    pub(super) fn ask_to_halt(&self) {
+        if let State::Working(thread) = &self.state {
+            thread.stop.store(true, Ordering::Release);
+            self.shared.inbox().wake();
+        }
+    }
+
+    /// Ends the ring's thread. A service never waits, so this takes as long as one request.
+    fn halt(&mut self) {
+        /// Only a disk that hangs in the middle of a read takes longer.
+        const LIMIT: Duration = Duration::from_secs(5);
+        self.halt_until(Instant::now() + LIMIT);
+    }
+
+    /// Ends the ring's thread, or gives up waiting for it at `deadline`: then it ends on its own as
+    /// soon as it can, and what the ring held is lost.
+    pub(super) fn halt_until(&mut self, deadline: Instant) {
+        self.ask_to_halt();
+        let idle = State::Idle { held: HeldTable::new(), place: None };
+        let thread = match std::mem::replace(&mut self.state, idle) {
+            State::Working(thread) => thread,
+            idle @ State::Idle { .. } => {
+                self.state = idle;
+                return;
+            }
+        };
+        match thread.remains.recv_deadline(deadline) {
+            Ok((queue, held)) => {
+                self.base = queue.next_avail();
+                self.state = State::Idle { held, place: Some(Place::of(&queue)) };
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                log::error!("queue {}: its thread hangs in a request", self.shared.index);
+                return;
+            }
+            Err(RecvTimeoutError::Disconnected) => {}
+        }
+        if thread.handle.join().is_err() {
+            log::error!("queue {}: its thread panicked", self.shared.index);
+        }
+    }
+}
+
+/// Puts a queue together. `None` if it is not in the guest's memory, as the VMM described it.
+fn prepare(
+    memory: &Memory,
+    size: u16,
+    addresses: Addresses,
+    base: u16,
+    event_idx: bool,
+) -> Option<Queue> {
+    let mut queue = Queue::new(MAX_SIZE).ok()?;
+    queue.try_set_size(size).ok()?;
+    let part = |addr| memory.guest_addr(addr);
+    queue.try_set_desc_table_address(part(addresses.descriptors)?).ok()?;
+    let available = part(addresses.available)?;
+    // The queue takes address 0 for "not set".
+    queue.try_set_avail_ring_address(nonzero(available)?).ok()?;
+    queue.try_set_used_ring_address(part(addresses.used)?).ok()?;
+    queue.set_event_idx(event_idx);
+    queue.set_ready(true);
+    if !queue.is_valid(memory.guest()) {
+        return None;
+    }
+    queue.set_next_avail(base);
+    let used = queue.used_idx(memory.guest(), Ordering::Acquire).ok()?;
+    queue.set_next_used(used.0);
+    Some(queue)
+}
+
+fn nonzero(addr: GuestAddress) -> Option<GuestAddress> {
+    (addr.raw_value() != 0).then_some(addr)
+}

@@ -1,0 +1,480 @@
+//! A connection: what one VMM has told us, from its first message to the moment it is gone.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures,
+    VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
+};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+
+use super::counters::{Complaint, Complaints, count};
+use super::held::Inbox;
+use super::intake::{Arrival, Header, Intake};
+use super::memory::{Memory, MemoryError, Placement};
+use super::queue::{Kick, Shared};
+use super::ring::{Addresses, Ring};
+use super::stop::Stop;
+use super::{Device, DeviceConfig, Serve};
+
+/// Room for the tag in the configuration space, in bytes.
+///
+/// Source: Linux `struct virtio_fs_config`.
+pub(super) const TAG_LEN: usize = 36;
+
+/// Length of the configuration space in bytes: tag, le32 number of request queues, le32 size of
+/// notification buffers (0: we have no notification queue).
+const CONFIG_LEN: usize = TAG_LEN + 4 + 4;
+
+/// How long the threads of a connection that has ended are waited for.
+const END_LIMIT: Duration = Duration::from_millis(300);
+
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | 1 << VIRTIO_RING_F_EVENT_IDX
+    | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// Protocol features we offer. `REPLY_ACK` is the `vhost` crate's work.
+fn protocol_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::RESET_DEVICE
+}
+
+/// Serves a VMM until it goes, the connection breaks, or `stop` is raised. When this returns,
+/// nothing of the connection is left.
+pub(super) fn run<S: Serve>(device: &Device<S>, stream: UnixStream, stop: &Stop) {
+    let session = match Session::new(device) {
+        Ok(session) => Arc::new(Mutex::new(session)),
+        Err(e) => return log::error!("vhost-user: setting up a connection: {e}"),
+    };
+    log::info!("vhost-user: a VMM has connected");
+    let end = converse(device, stream, stop, &session);
+    session.lock().unwrap_or_else(PoisonError::into_inner).end();
+    match end {
+        Ok(why) => log::info!("vhost-user: {why}; the connection is closed"),
+        Err(e) => log::warn!("vhost-user: the connection broke: {e}"),
+    }
+}
+
+/// Takes messages until there are no more; returns why.
+fn converse<S: Serve>(
+    device: &Device<S>,
+    stream: UnixStream,
+    stop: &Stop,
+    session: &Arc<Mutex<Session<S>>>,
+) -> io::Result<&'static str> {
+    let mut intake = Intake::new(stream.try_clone()?, stop)?;
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
+    let complaints = Complaints::default();
+    loop {
+        let header = match intake.next(stop)? {
+            Arrival::Message(header) => header,
+            Arrival::Gone => return Ok("the VMM has disconnected"),
+            Arrival::Stopped => return Ok("we are to end"),
+            Arrival::Broken(why) => return Err(io::Error::new(io::ErrorKind::InvalidData, why)),
+        };
+        let (error, answered) = if header.request().is_some() {
+            match handler.handle_request() {
+                Ok(()) => continue,
+                Err(e) if is_fatal(header, &e) => return Err(io::Error::other(e)),
+                Err(e) => {
+                    let answered = was_answered(header, &e);
+                    (e.to_string(), answered)
+                }
+            }
+        } else {
+            intake.skip(header)?;
+            ("not supported".to_owned(), false)
+        };
+        count(&device.counters.bad_messages_total);
+        let number = header.number();
+        if complaints.first(Complaint::Message) {
+            log::warn!("vhost-user: message {number} refused: {error}; more are only counted");
+        } else {
+            log::debug!("vhost-user: message {number} refused: {error}");
+        }
+        let acks = || session.lock().unwrap_or_else(PoisonError::into_inner).acks();
+        if !answered && header.needs_reply() && acks() {
+            intake.refuse(header)?;
+        }
+    }
+}
+
+/// Whether a connection is of no use after this error.
+fn is_fatal(header: Header, error: &Error) -> bool {
+    match error {
+        Error::Disconnected
+        | Error::PartialMessage
+        | Error::OversizedMsg
+        | Error::SocketBroken(_)
+        | Error::SocketError(_)
+        | Error::SocketRetry(_) => true,
+        // The crate may have left the body unread.
+        Error::InvalidMessage => header.has_stray_files(),
+        _ => false,
+    }
+}
+
+/// Whether the `vhost` crate has answered a message that failed: it has if the failure is ours
+/// (all of ours are `ReqHandlerError`), and for a few messages if it is its own.
+fn was_answered(header: Header, error: &Error) -> bool {
+    use FrontendReq as R;
+    match error {
+        Error::ReqHandlerError(_) => true,
+        Error::InactiveOperation(_) => false,
+        _ => matches!(
+            header.request(),
+            Some(R::SET_MEM_TABLE | R::SET_CONFIG | R::SET_BACKEND_REQ_FD | R::GPU_SET_SOCKET)
+        ),
+    }
+}
+
+/// A refusal of ours.
+fn refused(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, why))
+}
+
+impl From<MemoryError> for Error {
+    fn from(e: MemoryError) -> Error {
+        refused(e)
+    }
+}
+
+/// What a VMM has told us.
+struct Session<S: Serve> {
+    config: [u8; CONFIG_LEN],
+    memory: Arc<ArcSwap<Memory>>,
+    rings: Vec<Ring<S>>,
+    features: u64,
+    protocol_features: u64,
+    /// The channel for requests to the VMM. A VMM that has opened it complains when it is closed
+    /// early.
+    _backend_channel: Option<Backend>,
+}
+
+impl<S: Serve> Session<S> {
+    fn new(device: &Device<S>) -> io::Result<Session<S>> {
+        let service = Arc::new((device.service)());
+        let memory = Arc::new(ArcSwap::from_pointee(Memory::default()));
+        let complaints = Arc::new(Complaints::default());
+        let queues = device.config.request_queues + 1;
+        let inboxes: Arc<[_]> =
+            (0..queues).map(|_| Inbox::new().map(Arc::new)).collect::<io::Result<_>>()?;
+        let ring = |index| {
+            Ring::new(Arc::new(Shared {
+                index,
+                service: Arc::clone(&service),
+                memory: Arc::clone(&memory),
+                inboxes: Arc::clone(&inboxes),
+                call: ArcSwapOption::empty(),
+                err: ArcSwapOption::empty(),
+                counters: Arc::clone(&device.counters),
+                complaints: Arc::clone(&complaints),
+                runtime: device.runtime.clone(),
+            }))
+        };
+        Ok(Session {
+            config: config_space(&device.config),
+            rings: (0..queues).map(ring).collect(),
+            memory,
+            features: 0,
+            protocol_features: 0,
+            _backend_channel: None,
+        })
+    }
+
+    /// Whether the front end may ask for answers.
+    fn acks(&self) -> bool {
+        self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut Ring<S>> {
+        let count = self.rings.len();
+        usize::try_from(index)
+            .ok()
+            .and_then(|i| self.rings.get_mut(i))
+            .ok_or_else(|| refused(format!("queue {index} of {count}")))
+    }
+
+    /// Changes one ring and starts it if it can work now.
+    fn with_ring(&mut self, index: u32, change: impl FnOnce(&mut Ring<S>)) -> Result<()> {
+        let event_idx = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let ring = self.ring(index)?;
+        change(ring);
+        ring.start(event_idx);
+        Ok(())
+    }
+
+    /// Makes a new memory table the current one.
+    fn set_memory(&mut self, memory: Memory) {
+        self.memory.store(Arc::new(memory));
+        let event_idx = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        for ring in &mut self.rings {
+            if ring.is_working() {
+                // It may have been without memory and asleep.
+                ring.shared().inbox().wake();
+            } else {
+                ring.start(event_idx);
+            }
+        }
+    }
+
+    /// Ends all threads and lets go of everything.
+    fn end(&mut self) {
+        for ring in &self.rings {
+            ring.ask_to_halt();
+        }
+        let deadline = Instant::now() + END_LIMIT;
+        for ring in &mut self.rings {
+            ring.halt_until(deadline);
+        }
+        self.rings.clear();
+        self.memory.store(Arc::default());
+    }
+}
+
+fn config_space(config: &DeviceConfig) -> [u8; CONFIG_LEN] {
+    let mut space = [0; CONFIG_LEN];
+    let tag = config.tag.as_bytes();
+    space[..tag.len()].copy_from_slice(tag);
+    space[TAG_LEN..TAG_LEN + 4].copy_from_slice(&u32::from(config.request_queues).to_le_bytes());
+    space
+}
+
+fn placement(region: &VhostUserMemoryRegion) -> Placement {
+    Placement {
+        guest_addr: region.guest_phys_addr,
+        len: region.memory_size,
+        user_addr: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}
+
+impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Deprecated: ends all rings, like `reset_device`.
+    fn reset_owner(&mut self) -> Result<()> {
+        self.reset_device()
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.rings.iter_mut().for_each(Ring::reset);
+        self.features = 0;
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(FEATURES)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !FEATURES;
+        if unknown != 0 {
+            return Err(refused(format!("features {unknown:#x} were not offered")));
+        }
+        self.features = features;
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            // Without protocol features there is no message to enable a ring.
+            for index in 0..self.rings.len() {
+                let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+                self.rings[index].set_enabled(true);
+                self.rings[index].start(event_idx);
+            }
+        }
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !protocol_features().bits();
+        if unknown != 0 {
+            return Err(refused(format!("protocol features {unknown:#x} were not offered")));
+        }
+        self.protocol_features = features;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(Memory::MAX_REGIONS as u64)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let table = regions.iter().map(placement).zip(files);
+        let memory = self.memory.load().replaced(table)?;
+        self.set_memory(memory);
+        Ok(None)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let memory = self.memory.load().with(placement(region), file)?;
+        self.set_memory(memory);
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let memory = self.memory.load().without(placement(region))?;
+        self.set_memory(memory);
+        Ok(())
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let mut fits = false;
+        self.with_ring(index, |ring| fits = ring.set_size(num))?;
+        if fits { Ok(()) } else { Err(refused(format!("queue {index} cannot have size {num}"))) }
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let addresses = Addresses { descriptors: descriptor, available, used };
+        self.with_ring(index, |ring| ring.set_addresses(addresses))
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let base =
+            u16::try_from(base).map_err(|_| refused(format!("queue {index}: base {base}")))?;
+        self.with_ring(index, |ring| ring.set_base(base))
+    }
+
+    /// Stops a ring. A ring that does not exist stands at 0: without an answer the front end would
+    /// wait for ever.
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let base = self.ring(index).map_or(0, Ring::stop);
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let kick = file.map_or(Kick::Polling, |file| Kick::Fd(Arc::new(file)));
+        self.with_ring(u32::from(index), |ring| ring.set_kick(kick))
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        self.with_ring(u32::from(index), |ring| {
+            ring.shared().call.store(file.map(Arc::new));
+            if ring.is_working() {
+                // An answer may have been announced on the old descriptor only.
+                ring.shared().signal();
+            }
+        })
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let ring = self.ring(u32::from(index))?;
+        ring.shared().err.store(file.map(Arc::new));
+        Ok(())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.with_ring(index, |ring| ring.set_enabled(enable))
+    }
+
+    /// Bytes past the configuration space are 0.
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        let byte = |i: u32| {
+            let place = usize::try_from(i).ok();
+            place.and_then(|i| self.config.get(i)).copied().unwrap_or(0)
+        };
+        Ok((offset..offset.saturating_add(size)).map(byte).collect())
+    }
+
+    /// Nothing in the configuration space can be written; that a driver tried is no harm.
+    fn set_config(&mut self, _: u32, _: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        Ok(())
+    }
+
+    fn set_backend_req_fd(&mut self, backend: Backend) {
+        self._backend_channel = Some(backend);
+    }
+
+    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
+        Err(unsupported())
+    }
+
+    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+        Err(unsupported())
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(unsupported())
+    }
+
+    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+        Err(unsupported())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        _: File,
+    ) -> Result<Option<File>> {
+        Err(unsupported())
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(unsupported())
+    }
+
+    /// No shared memory: drivers then read through the queues.
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Ok(VhostUserShMemConfig::default())
+    }
+
+    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
+        Err(unsupported())
+    }
+}
+
+/// For messages of features that we do not offer.
+fn unsupported() -> Error {
+    Error::ReqHandlerError(io::ErrorKind::Unsupported.into())
+}
