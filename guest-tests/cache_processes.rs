@@ -159,7 +159,9 @@ fn the_claims_of_a_killed_process_are_free() {
     let mut waiter = spawn("read", "v6-zstd", dir.path());
     std::thread::sleep(Duration::from_millis(700));
     assert!(waiter.try_wait().unwrap().is_none(), "it waits for the owner");
-    let claimed = requests(dir.path()).values().next().unwrap()[0].clone();
+    let before = requests(dir.path());
+    let claimed = before.values().next().unwrap()[0].clone();
+    assert_eq!(before.values().flatten().count(), 1, "it asked for what the owner has claimed");
     owner.kill().unwrap();
     owner.wait().unwrap();
     let start = Instant::now();

@@ -17,6 +17,7 @@
 pub mod cache_file;
 mod claim;
 pub mod counters;
+mod download;
 pub mod error;
 mod fetch;
 mod flight;
