@@ -441,29 +441,27 @@ fn an_available_index_that_jumps() {
 fn a_guest_that_reuses_heads_in_flight_is_bounded() {
     let daemon = Daemon::start(1);
     let mut vmm = Vmm::started(&daemon.path, 2);
-    let head = vmm.rings[1].prepare(0, &request(WAIT, 7, b""), 64);
-    for _ in 0..200 {
-        eventually("room in the ring", || {
-            // The device takes a new entry only while it holds fewer than the ring has.
-            daemon.count(|c| &c.held_total) == u64::from(vmm.rings[1].avail.min(64))
-        });
-        if vmm.rings[1].avail >= 64 {
-            break;
-        }
+    // Request after request in the same descriptors, although none has come back.
+    let publish = |vmm: &mut Vmm, unique: u64| {
+        let head = vmm.rings[1].prepare(0, &request(WAIT, unique, b""), 64);
         vmm.rings[1].publish(head);
         vmm.kick(1);
+        head
+    };
+    for unique in 0..64 {
+        publish(&mut vmm, unique);
+        eventually("it is held", || daemon.count(|c| &c.held_total) == unique + 1);
     }
-    vmm.rings[1].publish(head);
-    vmm.kick(1);
+    let head = publish(&mut vmm, 64);
     std::thread::sleep(Duration::from_millis(20));
-    assert_eq!(daemon.count(|c| &c.held_total), 64);
-    // Only the last one has a sender left: the others lost theirs. It is taken when one is given
-    // back, so all come back.
-    daemon.world.lose(7);
-    for _ in 0..65 {
-        daemon.world.lose(7);
+    assert_eq!(daemon.count(|c| &c.held_total), 64, "held are at most as many as the ring has");
+    for unique in 0..64 {
+        daemon.world.lose(unique);
         assert_eq!(vmm.rings[1].await_used().0, head);
     }
+    eventually("the last one is held", || daemon.count(|c| &c.held_total) == 65);
+    daemon.world.lose(64);
+    assert_eq!(vmm.rings[1].await_used().0, head);
     vmm.echo(1, 5);
 }
 
