@@ -208,8 +208,16 @@ impl Tmpfs {
 
     fn remount(&self, options: &str) {
         let options = format!("remount,{options}");
-        let mount = Command::new("mount").args(["-o", &options]).arg(self.0.path()).status();
-        assert!(mount.unwrap().success(), "{options}");
+        let deadline = Instant::now() + PATIENT;
+        loop {
+            // Busy as long as the task of the last download has not closed its files.
+            let mount = Command::new("mount").args(["-o", &options]).arg(self.0.path()).status();
+            if mount.unwrap().success() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{options}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
