@@ -78,7 +78,9 @@ async fn download(blob: Arc<Blob>, mut units: Vec<Unit>) {
         match failure {
             Failure::Late => {
                 let failure = timeout(started, &first.slot);
-                return fail(units, failure);
+                let error = Arc::new(blob.give_up(first.chunks.start, failure));
+                let now = Instant::now();
+                units = units.into_iter().filter_map(|unit| unit.expire(&error, now)).collect();
             }
             Failure::Backend(error) => {
                 units.iter().for_each(|unit| unit.slot.failed_for_now(&error));

@@ -146,7 +146,7 @@ impl Blob {
     }
 
     /// Makes the error of a failed read and logs it under its id.
-    fn give_up(&self, index: u32, failure: ChunkFailure) -> ChunkError {
+    pub(super) fn give_up(&self, index: u32, failure: ChunkFailure) -> ChunkError {
         if matches!(failure, ChunkFailure::Timeout { .. }) {
             add(&self.store.counters.timeouts_total, 1);
         }

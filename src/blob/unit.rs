@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use super::cache_file::ChunkMap;
 use super::claim::Claim;
@@ -291,6 +292,23 @@ impl Unit {
             false => Err(error.clone()),
         };
         self.chunks.clone().map(result).collect()
+    }
+
+    /// Ends the unit with an error if its last reader gives up by `now`; gives it back if one has
+    /// come who waits for longer.
+    pub fn expire(self, error: &Arc<ChunkError>, now: Instant) -> Option<Unit> {
+        let blob = self.blob.clone();
+        let mut flights = blob.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        // Readers join under this lock: none can come between the look and the end.
+        if self.slot.until() > now {
+            return Some(self);
+        }
+        if flights.get(&self.chunks.start).is_some_and(|slot| Arc::ptr_eq(slot, &self.slot)) {
+            flights.remove(&self.chunks.start);
+        }
+        drop(flights);
+        self.slot.finish(self.failed(error));
+        None
     }
 
     fn end(&self, results: Arc<[ChunkResult]>) {
