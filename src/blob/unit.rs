@@ -297,28 +297,32 @@ impl Unit {
     /// Ends the unit with an error if its last reader gives up by `now`; gives it back if one has
     /// come who waits for longer.
     pub fn expire(self, error: &Arc<ChunkError>, now: Instant) -> Option<Unit> {
-        let blob = self.blob.clone();
-        let mut flights = blob.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        // Readers join under this lock: none can come between the look and the end.
-        if self.slot.until() > now {
-            return Some(self);
-        }
-        if flights.get(&self.chunks.start).is_some_and(|slot| Arc::ptr_eq(slot, &self.slot)) {
-            flights.remove(&self.chunks.start);
-        }
-        drop(flights);
-        self.slot.finish(self.failed(error));
-        None
+        let ended = self.end_if(|slot| slot.until() <= now, || self.failed(error));
+        (!ended).then_some(self)
     }
 
     fn end(&self, results: Arc<[ChunkResult]>) {
+        self.end_if(|_| true, || results);
+    }
+
+    /// Ends the unit with `results` if it is `over`; tells whether it did.
+    fn end_if(
+        &self,
+        over: impl FnOnce(&UnitSlot) -> bool,
+        results: impl FnOnce() -> Arc<[ChunkResult]>,
+    ) -> bool {
         let mut flights = self.blob.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        // Readers join under this lock: none can come between the look and the end.
+        if !over(&self.slot) {
+            return false;
+        }
         // Only our own: a waiter may have found the result and started a new flight already.
         if flights.get(&self.chunks.start).is_some_and(|slot| Arc::ptr_eq(slot, &self.slot)) {
             flights.remove(&self.chunks.start);
         }
         drop(flights);
-        self.slot.finish(results);
+        self.slot.finish(results());
+        true
     }
 }
 
