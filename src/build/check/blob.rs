@@ -70,6 +70,11 @@ impl BlobFile {
         Ok(BlobFile { path: path.to_owned(), file, size, chunks, damage })
     }
 
+    /// Its path, its size in bytes and its chunk-info array.
+    pub(super) fn into_parts(self) -> (PathBuf, u64, Option<ChunkInfos>) {
+        (self.path, self.size, self.chunks)
+    }
+
     pub(super) fn check(&self, image: &Bootstrap, index: BlobIndex, findings: &mut Findings) {
         let info = &image.blobs()[usize::from(index.0)];
         findings.blobs += 1;

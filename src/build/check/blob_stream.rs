@@ -14,7 +14,6 @@ use sha2::{Digest, Sha256};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::findings::{Findings, Problem, describe};
-use super::place;
 use super::progress::Bar;
 use crate::rafs::ci::{ChunkForm, ChunkInfo, ChunkInfos};
 use crate::rafs::codec::Compressor;

@@ -72,6 +72,19 @@ impl Findings {
         self.undecided.push(what.to_string());
     }
 
+    /// Takes over what was found in `other`, which is about the same image.
+    pub(super) fn merge(&mut self, other: Findings) {
+        let kept = other.problems.len() as u64;
+        for problem in other.problems {
+            self.add(problem);
+        }
+        self.problem_count += other.problem_count - kept;
+        self.undecided.extend(other.undecided);
+        self.paths += other.paths;
+        self.chunks += other.chunks;
+        self.blobs += other.blobs;
+    }
+
     /// Takes over what was found in `inner`, which is a part of `place`.
     pub(super) fn absorb(&mut self, place: &str, inner: Findings) {
         let kept = inner.problems.len() as u64;

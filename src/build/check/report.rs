@@ -6,8 +6,9 @@
 use std::io::{self, Write};
 
 use comfy_table::{Table, presets};
-use serde::Serialize;
-use serde_json::{Map, Value as Json};
+use indicatif::HumanBytes;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 use crate::build::image_file::{base64, printable};
 
@@ -84,6 +85,8 @@ pub(super) enum Outcome {
     Different,
     /// Something could not be looked at, and nothing that could be differs.
     NotTold,
+    /// A side has nothing that the rule is about.
+    NotApplicable,
 }
 
 impl Outcome {
@@ -92,12 +95,13 @@ impl Outcome {
             Outcome::Same => "same",
             Outcome::Different => "different",
             Outcome::NotTold => "could not tell",
+            Outcome::NotApplicable => "not applicable",
         }
     }
 
     pub(super) fn exit_code(self) -> u8 {
         match self {
-            Outcome::Same => 0,
+            Outcome::Same | Outcome::NotApplicable => 0,
             Outcome::Different => 1,
             Outcome::NotTold => 2,
         }
@@ -112,6 +116,7 @@ struct RuleReport {
     count: u64,
     /// Why something could not be looked at.
     not_told: Vec<String>,
+    applicable: bool,
 }
 
 /// How much was looked at.
@@ -152,8 +157,24 @@ impl Report {
             differences: Vec::new(),
             count: 0,
             not_told: Vec::new(),
+            applicable: true,
         });
         Report { source, target, limit, rules, counts: Counts::default(), image: None }
+    }
+
+    /// The platform that is reported on now.
+    pub(super) fn image(&self) -> Option<&str> {
+        self.image.as_deref()
+    }
+
+    /// Counts differences that nobody kept.
+    pub(super) fn hidden(&mut self, rule: Rule, count: u64) {
+        self.rules[rule as usize].count += count;
+    }
+
+    /// There is nothing that `rule` could be applied to.
+    pub(super) fn not_applicable(&mut self, rule: Rule) {
+        self.rules[rule as usize].applicable = false;
     }
 
     /// What is reported from now on is about the image of this platform.
@@ -244,15 +265,14 @@ impl Report {
     }
 
     pub(super) fn print_json(&self, out: &mut impl Write) -> io::Result<()> {
-        let rules: Vec<Json> = self.rules.iter().map(RuleReport::json).collect();
-        let json = serde_json::json!({
-            "schema": SCHEMA,
-            "source": self.source,
-            "target": self.target,
-            "result": self.outcome().name(),
-            "rules": rules,
-            "counts": self.counts,
-        });
+        let json = ReportJson {
+            schema: SCHEMA,
+            source: &self.source,
+            target: &self.target,
+            result: self.outcome().name(),
+            rules: self.rules.iter().map(RuleReport::json).collect(),
+            counts: self.counts,
+        };
         serde_json::to_writer_pretty(&mut *out, &json)?;
         writeln!(out)
     }
@@ -266,16 +286,21 @@ impl Report {
             report.print_table(out)?;
         }
         let counts = &self.counts;
+        let layers = match counts.source_layers {
+            0 => String::new(),
+            layers => {
+                let bytes = HumanBytes(counts.source_bytes);
+                format!(" in {} ({bytes})", counted(layers, "layer"))
+            }
+        };
         writeln!(
             out,
-            "\n{}: {} in {} of {} bytes; {} in {} of {} bytes",
+            "\n{}: {}{layers}, {} in {} ({})",
             self.outcome().name(),
             counted(counts.paths, "path"),
-            counted(counts.source_layers, "layer"),
-            counts.source_bytes,
             counted(counts.chunks, "chunk"),
             counted(counts.target_blobs, "blob"),
-            counts.target_bytes,
+            HumanBytes(counts.target_bytes),
         )
     }
 }
@@ -283,6 +308,7 @@ impl Report {
 impl RuleReport {
     fn outcome(&self) -> Outcome {
         match (self.count, self.not_told.len()) {
+            (0, 0) if !self.applicable => Outcome::NotApplicable,
             (0, 0) => Outcome::Same,
             (0, _) => Outcome::NotTold,
             _ => Outcome::Different,
@@ -296,15 +322,14 @@ impl RuleReport {
         }
     }
 
-    fn json(&self) -> Json {
-        let differences: Vec<Json> = self.differences.iter().map(Difference::json).collect();
-        serde_json::json!({
-            "rule": self.rule,
-            "result": self.outcome().name(),
-            "difference_count": self.count,
-            "differences": differences,
-            "not_told": self.not_told,
-        })
+    fn json(&self) -> RuleJson<'_> {
+        RuleJson {
+            rule: self.rule,
+            result: self.outcome().name(),
+            difference_count: self.count,
+            differences: &self.differences,
+            not_told: &self.not_told,
+        }
     }
 
     fn print_table(&self, out: &mut impl Write) -> io::Result<()> {
@@ -342,7 +367,7 @@ impl RuleReport {
         }
         let hidden = self.count - self.differences.len() as u64;
         if hidden > 0 {
-            writeln!(out, "  {} more, see --max-differences", counted(hidden, "difference"))?;
+            writeln!(out, "  and {}, see --max-problems", counted(hidden, "other"))?;
         }
         for what in &self.not_told {
             writeln!(out, "  could not tell: {what}")?;
@@ -351,38 +376,56 @@ impl RuleReport {
     }
 }
 
-impl Difference {
-    fn json(&self) -> Json {
-        let mut json = Map::new();
+/// The object that is printed.
+#[derive(Serialize)]
+struct ReportJson<'a> {
+    schema: u32,
+    source: &'a str,
+    target: &'a str,
+    result: &'static str,
+    rules: Vec<RuleJson<'a>>,
+    counts: Counts,
+}
+
+#[derive(Serialize)]
+struct RuleJson<'a> {
+    rule: Rule,
+    result: &'static str,
+    difference_count: u64,
+    differences: &'a [Difference],
+    not_told: &'a [String],
+}
+
+impl Serialize for Difference {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
         if let Some(image) = &self.image {
-            json.insert("platform".to_owned(), image.as_str().into());
+            map.serialize_entry("platform", image)?;
         }
-        Value::Bytes(self.path.clone()).json("path", &mut json);
-        json.insert("field".to_owned(), self.field.as_str().into());
+        let path = Value::Bytes(self.path.clone());
+        path.entry("path", &mut map)?;
+        map.serialize_entry("field", &self.field)?;
         if let Some(detail) = &self.detail {
-            json.insert("detail".to_owned(), detail.as_str().into());
+            map.serialize_entry("detail", detail)?;
         }
-        self.source.json("source", &mut json);
-        self.target.json("target", &mut json);
-        Json::Object(json)
+        self.source.entry("source", &mut map)?;
+        self.target.entry("target", &mut map)?;
+        map.end()
     }
 }
 
 impl Value {
     /// Adds this value as `key`, or as `key_b64` if it is not UTF-8.
-    fn json(&self, key: &str, json: &mut Map<String, Json>) {
+    fn entry<M: SerializeMap>(&self, key: &str, map: &mut M) -> Result<(), M::Error> {
         let text = match self {
             Value::Absent => None,
             Value::Text(text) => Some(text.as_str()),
             Value::Bytes(bytes) => match std::str::from_utf8(bytes) {
                 Ok(text) => Some(text),
-                Err(_) => {
-                    json.insert(format!("{key}_b64"), base64(bytes).into());
-                    return;
-                }
+                Err(_) => return map.serialize_entry(&format!("{key}_b64"), &base64(bytes)),
             },
         };
-        json.insert(key.to_owned(), text.map_or(Json::Null, Json::from));
+        map.serialize_entry(key, &text)
     }
 
     fn cell(&self) -> String {

@@ -75,7 +75,7 @@ fn check(args: &Args) -> Findings {
 }
 
 /// Opens the blobs that there are files of, and reads their chunk-info arrays.
-fn open_blobs(
+pub(super) fn open_blobs(
     image: &ImageFile,
     args: &Args,
     findings: &mut Findings,
