@@ -1,13 +1,15 @@
 //! The household: arguments, config, logs, signals, the HTTP API, and every thread.
 //!
 //! [`run`](run::run) starts the pieces in an order that clients can rely on: the API answers first,
-//! then the image is opened, then the VMM's socket listens, and only then the state is RUNNING.
+//! then the image of the command line is opened, if there is one, then the VMM's socket listens, and
+//! only then the state is RUNNING. More is mounted, and unmounted, by the API.
 
 pub mod api;
 pub mod cli;
 pub mod config;
 pub mod image;
 pub mod log;
+pub mod mounted;
 pub mod run;
 pub mod signal;
 pub mod socket;
@@ -39,4 +41,6 @@ pub enum DaemonError {
     Store(#[from] StoreError),
     #[error("device")]
     Device(#[from] DeviceError),
+    #[error("mounting {at}")]
+    Mount { at: String, source: Box<mounted::ChangeError> },
 }
