@@ -23,6 +23,18 @@ use crate::blob::StoreError;
 use crate::device::DeviceError;
 use crate::rafs::FormatError;
 
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
 /// Why the daemon cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

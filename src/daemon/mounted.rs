@@ -31,7 +31,12 @@ pub struct MountInfo {
 #[derive(Debug)]
 pub enum What {
     /// A RAFS image.
-    Image { bootstrap: PathBuf, config: Box<Config> },
+    Image {
+        bootstrap: PathBuf,
+        config: Box<Config>,
+        /// Paths in the image that should be fetched early.
+        prefetch_files: Vec<String>,
+    },
 }
 
 /// Why something was not mounted or unmounted.
@@ -44,6 +49,13 @@ pub enum ChangeError {
     Table(#[from] MountError),
     #[error(transparent)]
     Open(#[from] DaemonError),
+}
+
+/// Something that is open and not mounted yet.
+pub struct Prepared {
+    at: MountPath,
+    fs: AnyFs,
+    info: MountInfo,
 }
 
 /// Everything that is mounted.
@@ -68,15 +80,46 @@ impl Mounted {
         &self.images
     }
 
-    /// Mounts `what` at `at`. May wait for disks, so it belongs on a thread that may.
+    /// Whether something could be mounted at `at` now.
     ///
     /// # Errors
     ///
-    /// It cannot be opened, or something is in the way; nothing has changed then.
-    pub fn mount(&self, at: &str, what: What) -> Result<(), ChangeError> {
+    /// What is in the way.
+    pub fn check_free(&self, at: &str) -> Result<(), ChangeError> {
+        Ok(self.table.check_free(&MountPath::parse(at)?)?)
+    }
+
+    /// Whether something is mounted at `at` now.
+    ///
+    /// # Errors
+    ///
+    /// Nothing is.
+    pub fn check_mounted(&self, at: &str) -> Result<(), ChangeError> {
         let at = MountPath::parse(at)?;
-        self.table.check_free(&at)?;
+        match self.lock().contains_key(&at) {
+            true => Ok(()),
+            false => Err(MountError::Missing { at }.into()),
+        }
+    }
+
+    /// Opens `what`, to be mounted at `at`. May wait for disks, so it belongs on a thread that may.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be opened.
+    pub fn prepare(&self, at: &str, what: What) -> Result<Prepared, ChangeError> {
+        let at = MountPath::parse(at)?;
         let (fs, info) = self.open(&at, what)?;
+        Ok(Prepared { at, fs, info })
+    }
+
+    /// Mounts what was opened; returns at once.
+    ///
+    /// # Errors
+    ///
+    /// Something is in the way; nothing has changed then.
+    pub fn mount(&self, prepared: Prepared) -> Result<(), ChangeError> {
+        let Prepared { at, fs, info } = prepared;
         let mut entries = self.lock();
         self.table.mount(&at, fs)?;
         entries.insert(at.clone(), info);
@@ -85,17 +128,13 @@ impl Mounted {
         Ok(())
     }
 
-    /// Puts `what` in the place of what is mounted at `at`. As [`Mounted::mount`].
+    /// Puts what was opened in the place of what is mounted there; returns at once.
     ///
     /// # Errors
     ///
-    /// It cannot be opened, or nothing is mounted there; nothing has changed then.
-    pub fn remount(&self, at: &str, what: What) -> Result<(), ChangeError> {
-        let at = MountPath::parse(at)?;
-        if !self.lock().contains_key(&at) {
-            return Err(MountError::Missing { at }.into());
-        }
-        let (fs, info) = self.open(&at, what)?;
+    /// Nothing is mounted there any more; nothing has changed then.
+    pub fn remount(&self, prepared: Prepared) -> Result<(), ChangeError> {
+        let Prepared { at, fs, info } = prepared;
         let mut entries = self.lock();
         self.table.remount(&at, fs)?;
         entries.insert(at.clone(), info);
@@ -130,7 +169,10 @@ impl Mounted {
     fn open(&self, at: &MountPath, what: What) -> Result<(AnyFs, MountInfo), DaemonError> {
         let name = at.to_string();
         match what {
-            What::Image { bootstrap, config } => {
+            What::Image { bootstrap, config, prefetch_files } => {
+                if !prefetch_files.is_empty() {
+                    log::info!("{at}: ignored: prefetch_files: prefetch is not in this build");
+                }
                 let config = *config;
                 config.check_paths()?;
                 let public = config.public();

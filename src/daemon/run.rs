@@ -5,7 +5,6 @@
 //! a VMM, with reads on their way. Everything that could block runs elsewhere and is left behind when
 //! it does not end in time; nothing on disk needs an orderly end.
 
-use std::fmt;
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
@@ -80,7 +79,7 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
     log_panics();
     let result = serve(options, &log);
     if let Err(e) = &result {
-        log::error!("{}", Chain(e));
+        log::error!("{}", super::chain(e));
     }
     log.flush(LAST_LINES);
     result
@@ -166,7 +165,7 @@ fn ended_in_time(happened: &Receiver<Event>, services: usize) {
     for _ in 0..services {
         match happened.recv_deadline(deadline) {
             Ok(Event::Ended(Ok(()))) => {}
-            Ok(Event::Ended(Err(e))) => log::warn!("while stopping: {}", Chain(&e)),
+            Ok(Event::Ended(Err(e))) => log::warn!("while stopping: {}", super::chain(&e)),
             Ok(Event::Started(_)) => {}
             Err(_) => {
                 log::debug!("not everything ended within {GRACE:?}");
@@ -214,10 +213,14 @@ fn mount_image(options: &Options, bootstrap: &Path, mounted: &Mounted) -> Result
     if let Some(file) = &options.config {
         log::info!("config {}: {}", file.display(), config.form);
     }
-    let image = What::Image { bootstrap: bootstrap.to_owned(), config: Box::new(config) };
+    let image = What::Image {
+        bootstrap: bootstrap.to_owned(),
+        config: Box::new(config),
+        prefetch_files: Vec::new(),
+    };
     let at = &options.mountpoint;
     let failed = |source| DaemonError::Mount { at: at.clone(), source: Box::new(source) };
-    mounted.mount(at, image).map_err(failed)
+    mounted.prepare(at, image).and_then(|image| mounted.mount(image)).map_err(failed)
 }
 
 /// Serves the API if a socket for it was asked for; says whether.
@@ -261,19 +264,4 @@ fn log_panics() {
         let thread = thread::current();
         log::error!("thread {} {info}", thread.name().unwrap_or("without a name"));
     }));
-}
-
-/// An error with its causes, on one line.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
-        }
-        Ok(())
-    }
 }

@@ -119,8 +119,13 @@ mod tests {
         let cache = tempfile::tempdir().unwrap();
         let mut config = Config::beside(bootstrap.as_ref(), None).unwrap();
         config.work_dir = cache.path().to_owned();
-        let image = What::Image { bootstrap: bootstrap.into(), config: Box::new(config) };
-        status.mounted().mount("/rafs/c1/lowerdir", image).unwrap();
+        let image = What::Image {
+            bootstrap: bootstrap.into(),
+            config: Box::new(config),
+            prefetch_files: Vec::new(),
+        };
+        let image = status.mounted().prepare("/rafs/c1/lowerdir", image).unwrap();
+        status.mounted().mount(image).unwrap();
         status.set_state(State::Running);
         let info = serde_json::to_value(status.info(true)).unwrap();
         assert_eq!(info["state"], "RUNNING");
