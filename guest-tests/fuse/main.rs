@@ -6,4 +6,5 @@ mod golden;
 mod guest;
 mod hostile;
 mod listing;
+mod mounts;
 mod session;

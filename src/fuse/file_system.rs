@@ -1,6 +1,6 @@
 //! What a mounted file system does for the server.
 //!
-//! A file system names its nodes by numbers below `1 << 48`; `mounts` turns them into the node ids
+//! A file system names its nodes by numbers below `1 << 40`; `mounts` turns them into the node ids
 //! a guest sees. The numbers it gets come from a guest: one it did not hand out is
 //! [`FsError::Stale`].
 
@@ -28,6 +28,14 @@ pub(super) trait FileSystem: Send + Sync {
 
     /// Its root directory.
     fn root(&self) -> u64;
+
+    /// What tells it from every other file system, now and when the daemon is started again: with
+    /// the same identity, the same numbers mean the same nodes. `None`: it has no lasting numbers.
+    fn identity(&self) -> Option<[u8; 32]>;
+
+    /// Whether `Attr::ino` are numbers of its own, which another file system of the kind uses as
+    /// well.
+    fn counts_inodes(&self) -> bool;
 
     /// Seconds for which a guest may remember names, also missing ones, and attributes.
     fn valid_secs(&self) -> u64;
@@ -91,6 +99,8 @@ pub(super) enum FsError {
     Wait(Wait),
     #[error("no such node")]
     Stale,
+    #[error("no such name")]
+    NoEntry,
     #[error("no such attribute")]
     NoAttribute,
     #[error("not a directory")]
@@ -126,6 +136,7 @@ impl FsError {
     pub(super) fn errno(&self) -> i32 {
         match self {
             FsError::Stale => libc::ESTALE,
+            FsError::NoEntry => libc::ENOENT,
             FsError::NoAttribute => libc::ENODATA,
             FsError::NotDirectory => libc::ENOTDIR,
             FsError::IsDirectory => libc::EISDIR,

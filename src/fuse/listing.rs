@@ -6,7 +6,6 @@ use super::abi::{self, Dirent, Direntplus, EntryOut};
 use super::file_system::Entry;
 use super::mounts::Place;
 use super::reply::Payload;
-use super::server::entry_out;
 
 /// Bytes of the largest record.
 const RECORD_MAX: usize = size_of::<Direntplus>() + abi::NAME_MAX + 1;
@@ -53,11 +52,12 @@ impl<'a> Listing<'a> {
     #[must_use]
     pub(super) fn put(&mut self, name: &Name<'_>, entry: Option<&Entry>) -> bool {
         let Ok(namelen) = u32::try_from(name.name.len()) else { return false };
-        let dirent = Dirent { ino: name.ino, off: name.next_cookie, namelen, kind: name.kind };
+        let ino = self.place.ino(name.ino);
+        let dirent = Dirent { ino, off: name.next_cookie, namelen, kind: name.kind };
         let mut record = [0; RECORD_MAX];
         let head = if self.plus {
             let entry = match entry {
-                Some(_) => entry_out(&self.place, entry),
+                Some(_) => self.place.entry_out(entry),
                 None => EntryOut::default(),
             };
             copy(&mut record, Direntplus { entry, dirent }.as_bytes())
