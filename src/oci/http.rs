@@ -192,10 +192,11 @@ pub fn cause(error: &reqwest::Error) -> String {
 /// Does this failure say that the other side does not speak TLS?
 pub fn speaks_no_tls(error: &reqwest::Error) -> bool {
     let mut source = error.source();
-    while let Some(e) = source {
-        // An I/O error hides what it was made of from `source`.
-        let inner = e.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref());
-        let e = inner.map_or(e, |inner| inner as &(dyn Error + 'static));
+    while let Some(mut e) = source {
+        // I/O errors hide from `source` what they were made of, which may be one more of them.
+        while let Some(inner) = e.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref()) {
+            e = inner;
+        }
         if let Some(tls) = e.downcast_ref::<rustls::Error>() {
             return matches!(tls, rustls::Error::InvalidMessage(_));
         }
