@@ -24,7 +24,7 @@ struct Cli {
 enum Command {
     Create(build::create::Args),
     Inspect(build::inspect::Args),
-    Check(build::check::Args),
+    Check(Box<build::check::Args>),
 }
 
 fn main() -> ExitCode {
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Create(args) => build::create::run(args),
         Command::Inspect(args) => build::inspect::run(args),
-        Command::Check(args) => build::check::run(args),
+        Command::Check(args) => build::check::run(*args),
     };
     result.unwrap_or_else(|e| {
         if let Some(usage) = e.downcast_ref::<clap::Error>() {

@@ -26,6 +26,8 @@ mod tables;
 mod tar_stream;
 #[cfg(test)]
 mod test_tar;
+#[cfg(test)]
+mod testing;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -76,13 +76,8 @@ pub(super) fn check(
     bar: &Bar<'_>,
 ) -> io::Result<Seen> {
     let mut stream = Stream { inner: blob, hash: Sha256::new(), at: 0, bar };
-    let mut seen = Seen {
-        sha256: [0; 32],
-        size: 0,
-        digests: Vec::new(),
-        chunks: None,
-        is_named: false,
-    };
+    let mut seen =
+        Seen { sha256: [0; 32], size: 0, digests: Vec::new(), chunks: None, is_named: false };
     findings.blobs += 1;
     let mut pass = Pass { expected, findings, digests: Vec::new(), section: Vec::new() };
     match pass.read(&mut stream, &mut seen) {
@@ -189,7 +184,8 @@ impl Pass<'_> {
         let mut buffer = Vec::new();
         let Some(info) = self.expected.info else {
             let tail = stream.rest(UNUSED_TAIL, false)?;
-            return Ok(self.unused(&tail));
+            self.unused(&tail);
+            return Ok(());
         };
         if let Some(chunks) = self.expected.chunks {
             self.chunks(stream, info, chunks, &mut buffer)?;
@@ -370,14 +366,26 @@ impl Pass<'_> {
     }
 
     /// The digest of the chunk data covers the tar header behind it.
-    fn image_blob(&mut self, info: &BlobInfo, section: &Section, tail: &Tail, at_data_end: &Sha256) {
+    fn image_blob(
+        &mut self,
+        info: &BlobInfo,
+        section: &Section,
+        tail: &Tail,
+        at_data_end: &Sha256,
+    ) {
         let name = section.kind.name();
         if section.stored != (0..info.data_end) {
             let (start, end) = (section.stored.start, section.stored.end);
             let expected = format!("0..{}", info.data_end);
             let place = format!("{}, {name}", self.expected.place);
             let what = format!("stored at {start}..{end}, the blob table says {expected}");
-            return self.findings.mismatch(place, "stored bytes", expected, format!("{start}..{end}"), what);
+            return self.findings.mismatch(
+                place,
+                "stored bytes",
+                expected,
+                format!("{start}..{end}"),
+                what,
+            );
         }
         if section.digest.is_some() && section.uncompressed_size != info.uncompressed_size {
             let (want, got) = (info.uncompressed_size, section.uncompressed_size);
@@ -433,7 +441,10 @@ impl Pass<'_> {
         let toc = tail.end().checked_sub(size.into()).and_then(|start| tail.get(start..tail.end()));
         let matches = toc.is_some_and(|toc| Sha256::digest(toc)[..] == digest);
         if digest != [0; 32] && !matches {
-            self.section_problem("table of contents", "does not match its digest in the blob table");
+            self.section_problem(
+                "table of contents",
+                "does not match its digest in the blob table",
+            );
         }
     }
 
@@ -444,7 +455,8 @@ impl Pass<'_> {
             Err(e) => return self.section_problem("image.boot", describe(&e)),
         };
         let mut inner = Findings { limit: self.findings.limit, ..Findings::default() };
-        let own = image.blobs().iter().find(|blob| blob.id == BlobId::UNKNOWN || blob.id == info.id);
+        let own =
+            image.blobs().iter().find(|blob| blob.id == BlobId::UNKNOWN || blob.id == info.id);
         let mut infos = super::tables::ChunkInfosByBlob::new();
         if let (Some(own), Some(chunks)) = (own, &seen.chunks)
             && own.chunk_count == chunks.len()
@@ -553,4 +565,3 @@ fn decompress<'b>(
     compressor.decompress(stored, uncompressed).map_err(|e| describe(&e))?;
     Ok(uncompressed)
 }
-

@@ -114,7 +114,11 @@ fn mode(place: &str, expected: u16, found: u16, findings: &mut Findings) {
 
 impl BootLayer {
     /// The chunk-info array that the layer has for a blob.
-    pub(super) fn chunk_infos(&self, info: &BlobInfo, findings: &mut Findings) -> Option<ChunkInfos> {
+    pub(super) fn chunk_infos(
+        &self,
+        info: &BlobInfo,
+        findings: &mut Findings,
+    ) -> Option<ChunkInfos> {
         let place = format!("{PLACE}, image/{}.blob.meta", info.id);
         let Some(meta) = self.metas.get(&info.id) else {
             findings.mismatch(place, "file", "present", "absent", "there is no such file");

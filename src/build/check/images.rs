@@ -55,7 +55,11 @@ impl Image {
         self.handle.block_on(self.source.manifest(descriptor))
     }
 
-    pub(super) fn small_blob(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>, OciError> {
+    pub(super) fn small_blob(
+        &self,
+        descriptor: &Descriptor,
+        limit: u64,
+    ) -> Result<Vec<u8>, OciError> {
         self.handle.block_on(self.source.small_blob(descriptor, limit))
     }
 
@@ -104,7 +108,7 @@ impl Read for BlobReader {
             match self.receiver.blocking_recv() {
                 Some(Ok(piece)) => self.piece = piece,
                 Some(Err(e)) => {
-                    let mismatch = is_damage(&e);
+                    let mismatch = matches!(e, OciError::Digest { .. });
                     *self.failure.0.lock().expect("as above") = Some(e.clone());
                     // All bytes there are have been read; who reads them finds out what they are.
                     return if mismatch { Ok(0) } else { Err(io::Error::other(e)) };
@@ -118,7 +122,8 @@ impl Read for BlobReader {
     }
 }
 
-/// Does `error` say that the image is not what it should be, rather than that it cannot be had?
+/// Does `error` say that the image is not what it should be, rather than that it cannot be had? What
+/// a manifest names must be there.
 pub(super) fn is_damage(error: &OciError) -> bool {
     matches!(
         error,
@@ -126,5 +131,6 @@ pub(super) fn is_damage(error: &OciError) -> bool {
             | OciError::Size { .. }
             | OciError::TooLarge { .. }
             | OciError::Invalid { .. }
+            | OciError::NotFound { .. }
     )
 }

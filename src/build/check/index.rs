@@ -49,8 +49,7 @@ pub(super) fn compare(
             };
             let source =
                 Side { image: source, descriptor: &stored.descriptor, manifest: &source_manifest };
-            let target =
-                Side { image: target, descriptor: &here.descriptor, manifest: &manifest };
+            let target = Side { image: target, descriptor: &here.descriptor, manifest: &manifest };
             pair.image(Some(&source), &target);
         }
         (Document::Manifest(source_manifest), Document::Index(index)) => {
@@ -133,7 +132,8 @@ fn platform_of(image: &Image, manifest: &Manifest) -> Option<PlatformName> {
     // Read again later; then what is wrong with it is reported.
     let bytes = image.small_blob(&manifest.config, crate::oci::manifest::MAX_CONFIG).ok()?;
     let config: serde_json::Value = serde_json::from_slice(&bytes).ok()?;
-    let text = |key: &str| config.get(key).and_then(|value| value.as_str()).filter(|v| !v.is_empty());
+    let text =
+        |key: &str| config.get(key).and_then(|value| value.as_str()).filter(|v| !v.is_empty());
     let mut name = format!("{}/{}", text("os")?, text("architecture")?);
     if let Some(variant) = text("variant") {
         name = format!("{name}/{variant}");
@@ -254,9 +254,8 @@ fn kept(
 ) {
     for entry in there.manifests.iter().filter(|entry| !is_image(entry)) {
         let about = entry.annotations.get(REFERENCE_DIGEST);
-        let left_out = about.is_some_and(|about| {
-            !converted.iter().any(|(before, _)| before.as_str() == about)
-        });
+        let left_out = about
+            .is_some_and(|about| !converted.iter().any(|(before, _)| before.as_str() == about));
         if one_platform && left_out {
             continue;
         }
@@ -266,7 +265,8 @@ fn kept(
             continue;
         };
         let mut same = found.clone();
-        let after = converted.iter().find(|(before, _)| about.is_some_and(|a| a == before.as_str()));
+        let after =
+            converted.iter().find(|(before, _)| about.is_some_and(|a| a == before.as_str()));
         if let (Some((before, after)), Some(value)) =
             (after, same.annotations.get_mut(REFERENCE_DIGEST))
             && value == after.as_str()
@@ -284,7 +284,6 @@ fn kept(
 }
 
 fn side_by_side(pair: &mut Pair<'_>, source: &Side<'_>, image: &Image, found: &Candidate) {
-    let target =
-        Side { image, descriptor: &found.stored.descriptor, manifest: &found.manifest };
+    let target = Side { image, descriptor: &found.stored.descriptor, manifest: &found.manifest };
     pair.image(Some(source), &target);
 }

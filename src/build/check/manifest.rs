@@ -38,7 +38,12 @@ pub(super) fn is_nydus(manifest: &Manifest) -> bool {
 }
 
 /// Compares two manifests, and all descriptors in them.
-pub(super) fn compare(source: &Manifest, target: &Manifest, type_of_target: &str, report: &mut Report) {
+pub(super) fn compare(
+    source: &Manifest,
+    target: &Manifest,
+    type_of_target: &str,
+    report: &mut Report,
+) {
     let docker = type_of_target == DOCKER_MANIFEST;
     if !docker {
         report.compare(RULE, "manifest", "mediaType", OCI_MANIFEST, type_of_target);
@@ -155,7 +160,8 @@ pub(super) fn annotations(
         if there == here || (there.is_none() && key.starts_with(PREFIX)) {
             continue;
         }
-        let shown = |value: Option<&String>| value.map_or(Value::Absent, |v| Value::from(v.as_str()));
+        let shown =
+            |value: Option<&String>| value.map_or(Value::Absent, |v| Value::from(v.as_str()));
         report.difference(RULE, place, format!("annotation {key}"), shown(there), shown(here));
     }
 }
@@ -249,7 +255,12 @@ pub(super) fn configs(source: &Json, target: &Json, diff_ids: &[Digest], report:
 }
 
 /// The subject, where there is one, must be the manifest that was converted.
-pub(super) fn subject(source: &Descriptor, target: &Manifest, inherited: bool, report: &mut Report) {
+pub(super) fn subject(
+    source: &Descriptor,
+    target: &Manifest,
+    inherited: bool,
+    report: &mut Report,
+) {
     let Some(subject) = target.subject.as_ref().filter(|_| !inherited) else { return };
     report.compare(RULE, "subject", "digest", source.digest.as_str(), subject.digest.as_str());
     report.compare(RULE, "subject", "size", source.size.to_string(), subject.size.to_string());

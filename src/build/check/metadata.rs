@@ -20,7 +20,11 @@ struct Links {
 }
 
 /// Checks `image`; with the chunk-info arrays where they are known.
-pub(super) fn check(image: &Bootstrap, infos: tables::ChunkInfosByBlob<'_>, findings: &mut Findings) {
+pub(super) fn check(
+    image: &Bootstrap,
+    infos: tables::ChunkInfosByBlob<'_>,
+    findings: &mut Findings,
+) {
     let tables = tables::check(image, infos, findings);
     tree(image, &tables, findings);
 }
@@ -65,10 +69,8 @@ fn tree(image: &Bootstrap, tables: &ChunkTables<'_>, findings: &mut Findings) {
                 true
             }
         };
-        if is_new {
-            if contents(image, &item, tables, findings) {
-                with_xattrs.get_or_insert_with(|| item.path());
-            }
+        if is_new && contents(image, &item, tables, findings) {
+            with_xattrs.get_or_insert_with(|| item.path());
         }
     }
     bar.finish_and_clear();

@@ -166,10 +166,7 @@ fn key_of(path: &[u8]) -> Result<Key, LayerError> {
 
 /// The key that `key` leads to if symbolic links in front of its last name are followed; `at` says
 /// what is where.
-fn follow<'a>(
-    key: &Key,
-    at: impl Fn(&[u8]) -> Option<&'a Arc<File>>,
-) -> Result<Key, LayerError> {
+fn follow<'a>(key: &Key, at: impl Fn(&[u8]) -> Option<&'a Arc<File>>) -> Result<Key, LayerError> {
     let link = |key: &[u8]| match at(key).map(|file| &file.kind) {
         Some(Kind::Symlink(target)) => Some(target),
         _ => None,

@@ -19,6 +19,8 @@ use super::images::{self, Image, is_damage};
 use super::manifest;
 use super::progress::Bars;
 use super::proof::{self, Bytes, Content, SourceLayer, TargetBlob};
+#[cfg(test)]
+use super::report::Value;
 use super::report::{Report, Rule};
 use super::single;
 use super::{index, layers};
@@ -65,7 +67,8 @@ pub(super) enum Target {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let report = compare(args)?;
     let mut out = io::stdout().lock();
-    let printed = if args.json { report.print_json(&mut out) } else { report.print_table(&mut out) };
+    let printed =
+        if args.json { report.print_json(&mut out) } else { report.print_table(&mut out) };
     match printed.and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e).context("standard output"),
         _ => Ok(ExitCode::from(report.outcome().exit_code())),
@@ -128,19 +131,27 @@ impl Pair<'_> {
                 index::compare(self, (source, there), (target, here));
             }
             (Some((source, there)), None) => {
-                let Some((stored, manifest)) = index::one(self, source, there, "source") else { return };
-                let side = Side { image: source, descriptor: &stored.descriptor, manifest: &manifest };
+                let Some((stored, manifest)) = index::one(self, source, there, "source") else {
+                    return;
+                };
+                let side =
+                    Side { image: source, descriptor: &stored.descriptor, manifest: &manifest };
                 let config = self.config(&side, "source");
                 let content = self.content(&side, config.as_ref());
                 self.files(content);
             }
             (None, Some((target, here))) => {
-                let Some((stored, manifest)) = index::one(self, target, here, "target") else { return };
-                let side = Side { image: target, descriptor: &stored.descriptor, manifest: &manifest };
+                let Some((stored, manifest)) = index::one(self, target, here, "target") else {
+                    return;
+                };
+                let side =
+                    Side { image: target, descriptor: &stored.descriptor, manifest: &manifest };
                 self.image(None, &side);
             }
             (None, None) => {
-                let Source::Dir(dir) = &self.args.source else { unreachable!("no image was opened") };
+                let Source::Dir(dir) = &self.args.source else {
+                    unreachable!("no image was opened")
+                };
                 self.files(Some(Content::Dir(dir)));
             }
         }
@@ -162,8 +173,15 @@ impl Pair<'_> {
     /// Reports that a document could not be read, and that nothing is known of what it leads to.
     pub(super) fn failed(&mut self, side: &str, what: &str, error: &OciError) {
         let text = describe(error);
-        if side == "target" && is_damage(error) {
-            self.report.difference(Rule::Manifest, what, "content", "what its descriptor says", text);
+        let missing = matches!(error, OciError::NotFound { .. });
+        if side == "target" && is_damage(error) && !missing {
+            self.report.difference(
+                Rule::Manifest,
+                what,
+                "content",
+                "what its descriptor says",
+                text,
+            );
         } else {
             self.report.not_told(Rule::Manifest, format!("{side}: {text}"));
         }
@@ -197,7 +215,7 @@ impl Pair<'_> {
             Ok(config) => Some(config),
             Err(e) => {
                 let text = describe(&e);
-                if name == "target" && broken(&e) {
+                if name == "target" && is_damage(&e) {
                     let expected = side.manifest.config.digest.as_str();
                     self.report.difference(Rule::Manifest, "config", "content", expected, text);
                 } else {
@@ -312,9 +330,8 @@ impl Pair<'_> {
         if let Some((Some(there), Some(here))) = &configs {
             let blobs = target.manifest.layers.split_last().map_or(&[][..], |(_, blobs)| blobs);
             let mut diff_ids: Vec<_> = blobs.iter().map(|blob| blob.digest.clone()).collect();
-            diff_ids.extend(boot.as_ref().map(|boot| {
-                crate::oci::Digest::from_sha256(boot.diff_id)
-            }));
+            diff_ids
+                .extend(boot.as_ref().map(|boot| crate::oci::Digest::from_sha256(boot.diff_id)));
             if boot.is_some() {
                 manifest::configs(there, here, &diff_ids, self.report);
             }
@@ -359,7 +376,7 @@ impl Pair<'_> {
         self.report.counts.target_bytes += read.size;
         if let Some(e) = &read.failure {
             let text = describe(e);
-            if broken(e) {
+            if is_damage(e) {
                 let expected = descriptor.digest.as_str();
                 self.report.difference(Rule::Manifest, place, "content", expected, text);
             } else {
@@ -400,11 +417,6 @@ impl Pair<'_> {
     }
 }
 
-/// Does `error` say that the target is broken? A blob that its manifest names must be there.
-fn broken(error: &OciError) -> bool {
-    is_damage(error) || matches!(error, OciError::NotFound { .. })
-}
-
 /// The blobs that the manifest names, each once.
 fn target_blobs<'a>(
     target: &Side<'a>,
@@ -439,3 +451,5 @@ fn target_blobs<'a>(
     blobs
 }
 
+#[cfg(test)]
+mod tests;

@@ -21,8 +21,8 @@ use super::overlay::{Cut, Layer, Overlay};
 use super::progress::{Bar, Bars};
 use super::report::{Report, Rule, Value};
 use super::source_dir;
-use crate::oci::Digest;
 use crate::oci::manifest::{Descriptor, LayerPacking};
+use crate::oci::{Digest, OciError};
 use crate::rafs::ci::ChunkInfos;
 use crate::rafs::{BlobInfo, Bootstrap};
 
@@ -52,8 +52,15 @@ pub(super) struct TargetBlob<'a> {
 /// Where the bytes of a blob are.
 pub(super) enum Bytes<'a> {
     /// `name`: what a difference of its descriptor is reported as.
-    Image { image: &'a Image, descriptor: &'a Descriptor, name: String },
-    File { path: PathBuf, size: u64 },
+    Image {
+        image: &'a Image,
+        descriptor: &'a Descriptor,
+        name: String,
+    },
+    File {
+        path: PathBuf,
+        size: u64,
+    },
 }
 
 impl Bytes<'_> {
@@ -68,7 +75,14 @@ impl Bytes<'_> {
 /// What came out of one piece of work.
 enum Done {
     Layer(usize, layers::Layer<Result<Layer, super::overlay::LayerError>>),
-    Blob(usize, Findings, Result<Seen, String>),
+    Blob(usize, Findings, Result<Seen, Unread>),
+}
+
+/// Why a blob was not read.
+enum Unread {
+    /// It is not what its descriptor says.
+    Damaged(OciError),
+    Failed(String),
 }
 
 /// Reads everything and reports by the rules bootstrap and file system, and by the rule manifest what
@@ -120,7 +134,13 @@ pub(super) fn prove(
                 findings.merge(found);
                 match seen {
                     Ok(seen) => target_blob(blob, seen, &mut chunks, &mut findings, report),
-                    Err(what) => {
+                    Err(Unread::Damaged(e)) => {
+                        let Bytes::Image { descriptor, name, .. } = &blob.bytes else { continue };
+                        let (named, text) = (descriptor.digest.as_str(), describe(&e));
+                        let name = name.as_str();
+                        report.difference(Rule::Manifest, name, "content", named, text);
+                    }
+                    Err(Unread::Failed(what)) => {
                         report.not_told(Rule::Bootstrap, format!("{}: {what}", blob.place));
                     }
                 }
@@ -315,7 +335,7 @@ impl Work<'_> {
         blob: &TargetBlob<'_>,
         findings: &mut Findings,
         bar: &Bar<'_>,
-    ) -> Result<Seen, String> {
+    ) -> Result<Seen, Unread> {
         let seen = self.pass(blob, blob.chunks.as_ref(), findings, bar)?;
         match &seen.chunks {
             Some(chunks) if blob.chunks.is_none() && blob.info.is_some() => {
@@ -335,7 +355,7 @@ impl Work<'_> {
         chunks: Option<&ChunkInfos>,
         findings: &mut Findings,
         bar: &Bar<'_>,
-    ) -> Result<Seen, String> {
+    ) -> Result<Seen, Unread> {
         let toc = blob.info.and_then(|info| {
             let entry = self.image.blob_entries().ok()?.get(usize::from(info.index.0))?;
             Some((entry.toc_digest, entry.toc_size.get()))
@@ -347,17 +367,21 @@ impl Work<'_> {
             Bytes::Image { image, descriptor, .. } => {
                 let mut reader = image.blob(descriptor);
                 let failure = reader.failure();
-                let seen = blob_stream::check(&mut reader as &mut dyn Read, &expected, findings, bar);
+                let seen =
+                    blob_stream::check(&mut reader as &mut dyn Read, &expected, findings, bar);
                 match failure.get() {
-                    Some(e) if !is_damage(&e) => Err(describe(&e)),
-                    _ => seen.map_err(|e| describe(&e)),
+                    // All bytes have been read, and their digest is known.
+                    None | Some(OciError::Digest { .. }) => {
+                        seen.map_err(|e| Unread::Failed(describe(&e)))
+                    }
+                    Some(e) if is_damage(&e) => Err(Unread::Damaged(e)),
+                    Some(e) => Err(Unread::Failed(describe(&e))),
                 }
             }
             Bytes::File { path, .. } => {
-                let file = File::open(path).map_err(|e| format!("{}: {e}", path.display()));
-                let mut file = file?;
-                blob_stream::check(&mut file, &expected, findings, bar)
-                    .map_err(|e| format!("{}: {e}", path.display()))
+                let failed = |e| Unread::Failed(format!("{}: {e}", path.display()));
+                let mut file = File::open(path).map_err(failed)?;
+                blob_stream::check(&mut file, &expected, findings, bar).map_err(failed)
             }
         }
     }

@@ -68,7 +68,13 @@ fn super_block(image: &Bootstrap, findings: &mut Findings) {
         if start < end {
             let what = format_args!("is mapped at block {start}, which others have up to {end}");
             let expected = format_args!("{end} or more");
-            findings.mismatch(format_args!("device slot {i}"), "mapped block", expected, start, what);
+            findings.mismatch(
+                format_args!("device slot {i}"),
+                "mapped block",
+                expected,
+                start,
+                what,
+            );
         }
         end = end.max(start + u64::from(slot.blocks.get()));
     }

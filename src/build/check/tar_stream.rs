@@ -176,9 +176,7 @@ impl<R: Read> TarStream<R> {
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
-        self.inner
-            .read_exact(buffer)
-            .map_err(|source| TarError::Io { at: self.at, source })?;
+        self.inner.read_exact(buffer).map_err(|source| TarError::Io { at: self.at, source })?;
         self.at += buffer.len() as u64;
         Ok(())
     }
@@ -503,10 +501,9 @@ impl<R: Read> TarStream<R> {
             stored += len;
         }
         if stored != self.stored {
-            return Err(self.invalid(format!(
-                "sparse map has {stored} bytes, the entry {}",
-                self.stored
-            )));
+            return Err(
+                self.invalid(format!("sparse map has {stored} bytes, the entry {}", self.stored))
+            );
         }
         Ok(())
     }

@@ -70,27 +70,42 @@ fn layers_on_top_of_each_other() {
         "one layer, in the order of a walk",
         &[&lower],
         &[
-            root, "/d dir 755", "/d/a file A", "/d/s dir 755", "/d/s/x file X", "/d/s.y file Y",
+            root,
+            "/d dir 755",
+            "/d/a file A",
+            "/d/s dir 755",
+            "/d/s/x file X",
+            "/d/s.y file Y",
             "/f file F",
         ],
     );
     expect(
         "whiteouts remove what is below, with all it holds, wherever they stand",
-        &[&lower, &[I::file("d/s.y", b"new"), I::file("d/.wh.s", b""), I::file("d/.wh.s.y", b""),
-            I::file("d/.wh.none", b"")]],
+        &[
+            &lower,
+            &[
+                I::file("d/s.y", b"new"),
+                I::file("d/.wh.s", b""),
+                I::file("d/.wh.s.y", b""),
+                I::file("d/.wh.none", b""),
+            ],
+        ],
         &[root, "/d dir 755", "/d/a file A", "/d/s.y file new", "/f file F"],
     );
     expect(
         "an opaque directory keeps what its own layer has",
-        &[&lower, &[I::file("d/n", b"N"), I::dir("d/s"), I::file("d/.wh..wh..opq", b""),
-            I::file("d/a", b"A2")]],
+        &[
+            &lower,
+            &[
+                I::file("d/n", b"N"),
+                I::dir("d/s"),
+                I::file("d/.wh..wh..opq", b""),
+                I::file("d/a", b"A2"),
+            ],
+        ],
         &[root, "/d dir 755", "/d/a file A2", "/d/n file N", "/d/s dir 755", "/f file F"],
     );
-    expect(
-        "everything at once",
-        &[&lower, &[I::file(".wh..wh..opq", b"")]],
-        &[root],
-    );
+    expect("everything at once", &[&lower, &[I::file(".wh..wh..opq", b"")]], &[root]);
     expect(
         "a directory in place of a file and the other way round",
         &[&lower, &[I::dir("f"), I::file("f/in", b"I"), I::file("d", b"D")]],
@@ -105,14 +120,21 @@ fn layers_on_top_of_each_other() {
         "a directory over a directory has new attributes and old children",
         &[&lower, &[I { mode: 0o711, ..I::dir("d") }]],
         &[
-            root, "/d dir 711", "/d/a file A", "/d/s dir 755", "/d/s/x file X", "/d/s.y file Y",
+            root,
+            "/d dir 711",
+            "/d/a file A",
+            "/d/s dir 755",
+            "/d/s/x file X",
+            "/d/s.y file Y",
             "/f file F",
         ],
     );
     expect(
         "implied directories change nothing of those that exist",
-        &[&[I { mode: 0o700, ..I::dir("./") }, I { mode: 0o711, ..I::dir("d") }],
-            &[I::file("d/e/f", b"1")]],
+        &[
+            &[I { mode: 0o700, ..I::dir("./") }, I { mode: 0o711, ..I::dir("d") }],
+            &[I::file("d/e/f", b"1")],
+        ],
         &["/ dir 700", "/d dir 711", "/d/e dir 755", "/d/e/f file 1"],
     );
     expect(
@@ -127,14 +149,26 @@ fn layers_on_top_of_each_other() {
     );
     expect(
         "of an entry given twice the later one counts",
-        &[&[I::file("a", b"1"), I::file("a", b"2"), I::dir("b"), I::file("b/c", b"C"),
-            I::file("b", b"B"), I::file("e", b"E"), I::dir("e"), I::file("e/f", b"F")]],
+        &[&[
+            I::file("a", b"1"),
+            I::file("a", b"2"),
+            I::dir("b"),
+            I::file("b/c", b"C"),
+            I::file("b", b"B"),
+            I::file("e", b"E"),
+            I::dir("e"),
+            I::file("e/f", b"F"),
+        ]],
         &[root, "/a file 2", "/b file B", "/e dir 755", "/e/f file F"],
     );
     expect(
         "paths in every spelling",
-        &[&[I::file("/abs", b"1"), I::file("./x//y", b"2"), I::file("x/../up", b"3"),
-            I::file("../../out", b"4")]],
+        &[&[
+            I::file("/abs", b"1"),
+            I::file("./x//y", b"2"),
+            I::file("x/../up", b"3"),
+            I::file("../../out", b"4"),
+        ]],
         &[root, "/abs file 1", "/out file 4", "/up file 3", "/x dir 755", "/x/y file 2"],
     );
 }
@@ -157,7 +191,10 @@ fn hard_links_within_and_across_layers() {
     );
     expect(
         "to a file of a lower layer that this layer removes or replaces",
-        &[&pair, &[I::file(".wh.b", b""), I::link("c", "b"), I::link("d", "a"), I::file("a", b"A2")]],
+        &[
+            &pair,
+            &[I::file(".wh.b", b""), I::link("c", "b"), I::link("d", "a"), I::file("a", b"A2")],
+        ],
         &[root, "/a file A2", "/c file A", "/d = /c"],
     );
     expect(
@@ -173,12 +210,21 @@ fn hard_links_within_and_across_layers() {
     expect("to itself, again", &[&[I::file("a", b"A"), I::link("a", "a")]], &[root, "/a file A"]);
     let links = [
         ("to nothing", vec![I::link("a", "none")], "/a: hard link to /none, which no layer has"),
-        ("in a circle", vec![I::link("a", "b"), I::link("b", "a")],
-            "/a: hard link to /b, which no layer has"),
-        ("to a directory", vec![I::dir("d"), I::link("a", "d")],
-            "/a: hard link to /d, which is a directory"),
-        ("to a directory that comes later", vec![I::link("a", "d"), I::dir("d")],
-            "/a: hard link to /d, which is a directory"),
+        (
+            "in a circle",
+            vec![I::link("a", "b"), I::link("b", "a")],
+            "/a: hard link to /b, which no layer has",
+        ),
+        (
+            "to a directory",
+            vec![I::dir("d"), I::link("a", "d")],
+            "/a: hard link to /d, which is a directory",
+        ),
+        (
+            "to a directory that comes later",
+            vec![I::link("a", "d"), I::dir("d")],
+            "/a: hard link to /d, which is a directory",
+        ),
     ];
     for (what, layer, error) in links {
         expect(what, &[&layer], &[error]);
@@ -193,21 +239,44 @@ fn symbolic_links_on_the_way_are_followed_within_the_root() {
     expect(
         "of a lower layer",
         &[&lower, &[I::file("lib/b", b"B"), I::file("lib/.wh.a", b""), I::link("c", "lib/a")]],
-        &[root, "/c file A", "/lib -> usr/lib", "/usr dir 755", "/usr/lib dir 755",
-            "/usr/lib/b file B"],
+        &[
+            root,
+            "/c file A",
+            "/lib -> usr/lib",
+            "/usr dir 755",
+            "/usr/lib dir 755",
+            "/usr/lib/b file B",
+        ],
     );
     expect(
         "of the same layer, absolute and upwards",
-        &[&[I::symlink("a", "/../x/y/.."), I::file("a/f", b"F"), I::symlink("l", "a"),
-            I::file("l/g/h", b"H")]],
-        &[root, "/a -> /../x/y/..", "/l -> a", "/x dir 755", "/x/f file F", "/x/g dir 755",
-            "/x/g/h file H"],
+        &[&[
+            I::symlink("a", "/../x/y/.."),
+            I::file("a/f", b"F"),
+            I::symlink("l", "a"),
+            I::file("l/g/h", b"H"),
+        ]],
+        &[
+            root,
+            "/a -> /../x/y/..",
+            "/l -> a",
+            "/x dir 755",
+            "/x/f file F",
+            "/x/g dir 755",
+            "/x/g/h file H",
+        ],
     );
     expect(
         "unless the layer has a directory there",
         &[&lower, &[I::dir("lib"), I::file("lib/b", b"B")]],
-        &[root, "/lib dir 755", "/lib/b file B", "/usr dir 755", "/usr/lib dir 755",
-            "/usr/lib/a file A"],
+        &[
+            root,
+            "/lib dir 755",
+            "/lib/b file B",
+            "/usr dir 755",
+            "/usr/lib dir 755",
+            "/usr/lib/a file A",
+        ],
     );
     expect(
         "an opaque mark, too",
@@ -240,8 +309,16 @@ fn content_is_digested_in_chunks_by_each_digester() {
 #[test]
 fn names_too_long_and_roots_that_are_files() {
     let long = "n".repeat(256);
-    expect("long name", &[&[Item::file(&long, b"")]], &[&format!("{long}: name of more than 255 bytes or with a NUL")]);
-    expect("root", &[&[Item::file("./", b"")]], &["the entry ./ stands for the root, which can only be a directory"]);
+    expect(
+        "long name",
+        &[&[Item::file(&long, b"")]],
+        &[&format!("{long}: name of more than 255 bytes or with a NUL")],
+    );
+    expect(
+        "root",
+        &[&[Item::file("./", b"")]],
+        &["the entry ./ stands for the root, which can only be a directory"],
+    );
 }
 
 proptest! {

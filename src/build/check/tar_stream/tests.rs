@@ -11,7 +11,9 @@ fn read(tar: &[u8]) -> std::result::Result<Vec<(Entry, Vec<u8>)>, String> {
         match stream.next() {
             Ok(Some(entry)) => {
                 let mut content = Vec::new();
-                stream.content(|bytes| content.extend_from_slice(bytes)).map_err(|e| e.to_string())?;
+                stream
+                    .content(|bytes| content.extend_from_slice(bytes))
+                    .map_err(|e| e.to_string())?;
                 entries.push((entry, content));
             }
             Ok(None) => {
@@ -64,7 +66,10 @@ fn pax_records_are_bytes_and_count_before_the_header() {
     item.uid = 7;
     let (entry, content) = only(&Tar::of(&[item]));
     assert_eq!(entry.path, b"later\nwins");
-    assert_eq!((entry.uid, entry.mtime, entry.mtime_nsec), (u32::MAX - 1, 1_600_000_001, 1_000_003));
+    assert_eq!(
+        (entry.uid, entry.mtime, entry.mtime_nsec),
+        (u32::MAX - 1, 1_600_000_001, 1_000_003)
+    );
     assert_eq!(entry.xattrs[&b"security.capability"[..]], value);
     // The name ends at the first `=`, as everybody reads it.
     assert_eq!(entry.xattrs[&b"user.n"[..]], b"l\n=");
@@ -73,8 +78,8 @@ fn pax_records_are_bytes_and_count_before_the_header() {
 
 #[test]
 fn times_before_the_epoch_and_other_fractions() {
-    // (text, seconds and nanoseconds)
-    let cases: [(&[u8], Option<(i64, u32)>); 9] = [
+    type Time = Option<(i64, u32)>;
+    let cases: [(&[u8], Time); 9] = [
         (b"5", Some((5, 0))),
         (b"5.25", Some((5, 250_000_000))),
         (b"-5.25", Some((-6, 750_000_000))),
