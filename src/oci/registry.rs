@@ -387,6 +387,33 @@ impl Repository {
         Ok(digest)
     }
 
+    /// Tags of the repository, at most `limit` of them. Empty if there is no such repository.
+    pub async fn tags(&self, limit: usize) -> Result<Vec<String>, OciError> {
+        #[derive(serde::Deserialize)]
+        struct Tags {
+            #[serde(default)]
+            tags: Option<Vec<String>>,
+        }
+        let what = self.what("tags");
+        let bytes = retry(&what, async || {
+            let mut url = self.url("tags/list")?;
+            url.query_pairs_mut().append_pair("n", &limit.to_string());
+            let answer = self.fetch(Method::GET, url, HeaderMap::new(), &what).await?;
+            match answer.status() {
+                StatusCode::OK => http::body(answer, &what, MAX_MANIFEST).await,
+                _ => Err(http::status_error(answer, &what).await),
+            }
+        })
+        .await;
+        let Some(bytes) = absent_is_none(bytes)? else { return Ok(Vec::new()) };
+        let tags: Tags = serde_json::from_slice(&bytes)
+            .map_err(|e| OciError::Invalid { what: what.clone(), reason: e.to_string() })?;
+        let mut tags = tags.tags.unwrap_or_default();
+        // A registry that ignores the limit.
+        tags.truncate(limit);
+        Ok(tags)
+    }
+
     /// What refers to the manifest `digest`: by the referrers API, or where a registry has none, by
     /// the tag that stands for it.
     pub async fn referrers(&self, digest: &Digest) -> Result<Index, OciError> {
