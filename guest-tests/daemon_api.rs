@@ -40,6 +40,9 @@ fn daemon_info_has_what_strict_clients_want() {
     assert!(info["backend_collection"].is_null(), "{body}");
 }
 
+/// A body that is well-formed and cannot be mounted.
+const MOUNT: &str = r#"{"fs_type":"rafs","source":"/no/such/file","config":"{}"}"#;
+
 #[test]
 fn statuses_are_those_of_nydusd_and_errors_have_code_and_message() {
     let dir = scratch();
@@ -60,10 +63,22 @@ fn statuses_are_those_of_nydusd_and_errors_have_code_and_message() {
         ("GET", "/api/v1/daemon/exit", "", 400),
         ("PUT", "/api/v1/daemon/exit", "{}", 400),
         ("PUT", "/api/v1/daemon/start", "", 400),
-        ("PUT", "/api/v1/daemon/fuse/sendfd", "", 501),
         ("GET", "/api/v2/blobs", "", 501),
-        ("POST", "/api/v1/mount?mountpoint=%2Frafs", "{}", 501),
-        ("GET", "/api/v1/metrics", "", 501),
+        ("PUT", "/api/v2/blobs", "{}", 501),
+        ("DELETE", "/api/v2/blobs?blob_id=x", "", 501),
+        ("POST", "/api/v2/blobs", "", 400),
+        ("GET", "/api/v1/mount?mountpoint=/x", "", 400),
+        ("POST", "/api/v1/mount", MOUNT, 400),
+        ("POST", "/api/v1/mount?mountpoint=/x", "", 400),
+        ("POST", "/api/v1/mount?mountpoint=/x", "{", 400),
+        ("POST", "/api/v1/mount?mountpoint=/x", r#"{"source":"/"}"#, 400),
+        ("POST", "/api/v1/mount?mountpoint=%2", MOUNT, 400),
+        ("POST", "/api/v1/mount?mountpoint=x", MOUNT, 500),
+        ("POST", "/api/v1/mount?mountpoint=/", MOUNT, 500),
+        ("POST", "/api/v1/mount?mountpoint=/x", r#"{"source":"/","config":"{}"}"#, 500),
+        ("DELETE", "/api/v1/mount?mountpoint=/x", "", 500),
+        ("DELETE", "/api/v1/mount?mountpoint=/x", "{}", 400),
+        ("PUT", "/api/v1/mount?mountpoint=/x", MOUNT, 500),
         ("GET", "/api/v3/daemon", "", 404),
         ("GET", "/", "", 404),
         ("GET", "/api/v1/daemon/", "", 404),
@@ -136,7 +151,8 @@ fn long_lines_bodies_and_expectations_are_fine() {
     let daemon = Daemon::small(dir.path());
     let path = format!("/api/v1/mount?mountpoint=/{}", "m".repeat(8000));
     let (status, answer) = daemon.call("POST", &path, &" ".repeat(1 << 20));
-    assert_eq!(status, 501, "{answer}");
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer.contains("ParseBody"), "{answer}");
     // A client that waits for leave to send its body.
     let head = "PUT /api/v1/daemon HTTP/1.1\r\nHost: unix\r\nExpect: 100-continue\r\n\
                 Content-Length: 20\r\n\r\n{\"log_level\":\"info\"}";

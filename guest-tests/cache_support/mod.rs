@@ -270,12 +270,13 @@ impl Backend for Scripted {
         "script"
     }
 
-    fn mistrust(&self, _: &BlobId, _: Range<u64>) {
+    fn mistrust(&self, _: &BlobId, _: Range<u64>) -> bool {
         self.mistrusted.fetch_add(1, Ordering::Relaxed);
         let mut mode = self.mode.lock().unwrap();
         if matches!(*mode, Mode::FlipOnce(_)) {
             *mode = Mode::Good;
         }
+        false
     }
 }
 

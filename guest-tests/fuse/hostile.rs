@@ -23,13 +23,13 @@ fn only_slots_where_an_inode_starts_answer() {
         // Ids that another daemon handed out: the guest has looked nothing up here.
         let guest = Guest::mount(metadata(image));
         let inodes = inodes(case);
-        for nid in (0..slots + 200).chain((0..48).map(|bit| (1 << 48) - (1 << bit))) {
-            let got = guest.attr(1 << 48 | nid).map(|attr| attr.ino);
+        for nid in (0..slots + 200).chain((0..40).map(|bit| (1 << 40) - (1 << bit))) {
+            let got = guest.attr(1 << 40 | nid).map(|attr| attr.ino);
             let want = if inodes.contains(&nid) { Ok(nid) } else { Err(libc::ESTALE) };
             assert_eq!(got, want, "{case}: nid {nid}");
         }
         for slot in [0, 2, 3, 255, 0xFFFF] {
-            assert_eq!(guest.attr(slot << 48 | 128), Err(libc::ESTALE), "slot {slot}");
+            assert_eq!(guest.attr(slot << 40 | 128), Err(libc::ESTALE), "slot {slot}");
         }
     }
 }
@@ -47,11 +47,11 @@ fn an_unknown_number_costs_one_walk_and_a_known_one_none() {
     assert!(matches!(ask(file), Outcome::Reply(_)), "found by LOOKUP");
     let listed = guest.list_all(guest.at(b"/bigdir"), 4096, true);
     assert!(matches!(ask(listed[50].entry.unwrap().nodeid), Outcome::Reply(_)), "by READDIRPLUS");
-    let inside = 1 << 48 | 129;
+    let inside = 1 << 40 | 129;
     assert!(matches!(ask(inside), Outcome::Wait(_)), "inside the root inode");
     assert_eq!(guest.attr(inside), Err(libc::ESTALE));
     for nid in 0..5000 {
-        assert!(matches!(ask(1 << 48 | nid), Outcome::Reply(_)), "nothing is left to look for");
+        assert!(matches!(ask(1 << 40 | nid), Outcome::Reply(_)), "nothing is left to look for");
     }
 }
 
@@ -79,7 +79,7 @@ fn send_raw(guest: &Guest, bytes: &[u8], buffers: &[usize]) {
 /// A guest that has looked at everything.
 fn seasoned() -> Guest {
     let guest = Guest::mount(metadata(bootstrap("v6-none")));
-    guest.attr(1 << 48 | 1).unwrap_err();
+    guest.attr(1 << 40 | 1).unwrap_err();
     guest
 }
 
@@ -89,7 +89,7 @@ proptest! {
         opcode in prop_oneof![0u32..60, any::<u32>()],
         node in prop_oneof![
             Just(1u64),
-            (0u64..600).prop_map(|nid| 1 << 48 | nid),
+            (0u64..600).prop_map(|nid| 1 << 40 | nid),
             any::<u64>(),
         ],
         body in prop_oneof![
@@ -126,7 +126,7 @@ proptest! {
         if let Ok(image) = rafsd::rafs::Bootstrap::from_bytes(bytes) {
             let guest = Guest::mount(metadata(image));
             for nid in nodes {
-                let node = 1 << 48 | nid;
+                let node = 1 << 40 | nid;
                 for op in [opcode::GETATTR, opcode::READLINK, opcode::OPENDIR, opcode::OPEN] {
                     let _ = guest.ask(op, node, &[0; 24], 4096);
                 }

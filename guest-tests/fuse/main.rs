@@ -6,4 +6,6 @@ mod golden;
 mod guest;
 mod hostile;
 mod listing;
+mod mounts;
+mod passthrough;
 mod session;

@@ -22,7 +22,9 @@ pub const START_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct Launch {
     pub program: PathBuf,
     pub bootstrap: PathBuf,
-    /// `device.backend.config` of a `localfs` backend.
+    /// `device.backend.type`.
+    pub backend_type: String,
+    /// `device.backend.config`.
     pub backend: serde_json::Value,
     pub work_dir: PathBuf,
     pub sock: PathBuf,
@@ -39,6 +41,7 @@ impl Launch {
             program: std::env::var_os("RAFSD_TEST_PROGRAM")
                 .map_or_else(|| env!("CARGO_BIN_EXE_rafsd").into(), PathBuf::from),
             bootstrap: bootstrap.to_owned(),
+            backend_type: "localfs".into(),
             backend: json!({ "dir": blob_dir }),
             work_dir: scratch.join("cache"),
             sock: scratch.join("fs.sock"),
@@ -51,6 +54,13 @@ impl Launch {
     /// One blob under any name: the bootstrap's blob id is not the file's.
     pub fn blob_file(mut self, file: &Path) -> Launch {
         self.backend = json!({ "blob_file": file });
+        self
+    }
+
+    /// Another backend than `localfs`, with its own keys.
+    pub fn backend(mut self, kind: &str, config: serde_json::Value) -> Launch {
+        self.backend_type = kind.into();
+        self.backend = config;
         self
     }
 
@@ -83,7 +93,7 @@ impl Launch {
         fs::create_dir_all(&self.work_dir)?;
         let document = json!({
             "device": {
-                "backend": { "type": "localfs", "config": self.backend },
+                "backend": { "type": self.backend_type, "config": self.backend },
                 "cache": { "type": "blobcache", "config": { "work_dir": self.work_dir } },
             },
             "mode": "direct",

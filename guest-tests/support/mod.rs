@@ -4,12 +4,14 @@
 //! vhost-user, `fuse_abi` and `fuse_client` are the guest kernel's side of FUSE. None of them uses
 //! code of the daemon, so that a layout that is wrong there cannot be wrong here in the same way.
 //! `daemon` runs `rafsd`, `golden` knows the images whose content is written down, and `hang_fs` is
-//! a backend that hangs, fails and lies on command; `image` makes images of a size that tests choose.
+//! a backend that hangs, fails and lies on command, `fault_registry` one that does so over HTTP;
+//! `image` makes images of a size that tests choose.
 
 // Each test program compiles this module whole and uses its own part of it.
 #![allow(dead_code)]
 
 pub mod daemon;
+pub mod fault_registry;
 pub mod frontend;
 pub mod fuse_abi;
 pub mod fuse_client;

@@ -5,9 +5,8 @@
 //! and dropping it ends it. Backends do not verify, cache or retry what a caller could retry;
 //! `blob` does. Nothing here knows what a chunk is.
 
-use std::io;
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -15,8 +14,10 @@ use futures_util::stream::BoxStream;
 
 use crate::rafs::id::BlobId;
 
+pub mod error;
 pub mod localfs;
 
+pub use error::{BackendCause, BackendError};
 pub use localfs::{LocalFs, LocalFsConfig};
 
 /// The bytes of one read, in order, in pieces of any size but zero. Ends behind the last byte
@@ -42,84 +43,89 @@ pub trait Backend: Send + Sync {
     fn name(&self) -> &str;
 
     /// What `range` of `blob` gave did not match its digest. A backend with several sources takes
-    /// another one for the next read of the range; others have nothing to do.
-    fn mistrust(&self, blob: &BlobId, range: Range<u64>) {
+    /// another one for the next read of the blob and says true, as long as there is one that has not
+    /// given wrong bytes; others have nothing to do. An empty range is what was read of the blob
+    /// last.
+    fn mistrust(&self, blob: &BlobId, range: Range<u64>) -> bool {
         let _ = (blob, range);
+        false
     }
-}
 
-/// Why a backend could not give the bytes. `source_name` is [`Backend::name`] or a file's path.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BackendError {
-    /// No source has the blob.
-    #[error("{source_name} has no blob {blob}")]
-    NotFound { blob: BlobId, source_name: String },
-    /// The blob is there but ends before the range does.
-    #[error("{source_name} has {size} bytes, {start}..{end} were asked for")]
-    OutOfRange { source_name: String, size: u64, start: u64, end: u64 },
-    /// Fewer bytes than asked for arrived before the stream ended.
-    #[error("{source_name} ended after {got} of {want} bytes")]
-    ShortRead { source_name: String, got: u64, want: u64 },
-    /// The system refused or failed.
-    #[error("reading {source_name}")]
-    Io { source_name: String, source: io::Error },
-    /// The source did not answer in the time given to it.
-    #[error("{source_name} did not answer in {} ms", after.as_millis())]
-    Timeout { source_name: String, after: Duration },
-}
+    /// Does it end by itself every read whose source is silent for too long? Then nobody else need
+    /// watch it.
+    fn watches_itself(&self) -> bool {
+        false
+    }
 
-impl BackendError {
-    /// May the same read succeed soon, without anybody's action?
-    pub fn retryable(&self) -> bool {
-        match self {
-            BackendError::NotFound { .. } | BackendError::OutOfRange { .. } => false,
-            BackendError::ShortRead { .. } | BackendError::Timeout { .. } => true,
-            BackendError::Io { source, .. } => !matches!(
-                source.kind(),
-                io::ErrorKind::NotFound
-                    | io::ErrorKind::PermissionDenied
-                    | io::ErrorKind::IsADirectory
-                    | io::ErrorKind::NotADirectory
-                    | io::ErrorKind::InvalidInput
-                    | io::ErrorKind::Unsupported
-            ),
+    /// What to do while no source answers.
+    fn outage(&self) -> Outage {
+        Outage::Deadline
+    }
+
+    /// What can be changed while it is in use, with the values in effect; secrets are shown as
+    /// [`HIDDEN`]. Empty if nothing can.
+    fn settings(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
+
+    /// Changes settings, all of `values` or none. Reads under way keep what they began with.
+    ///
+    /// # Errors
+    ///
+    /// Names the setting and the reason, never a value.
+    fn change(&self, values: &BTreeMap<String, String>) -> Result<(), SettingError> {
+        match values.keys().next() {
+            Some(key) => Err(SettingError::new(key, "this backend has no such setting")),
+            None => Ok(()),
         }
     }
 
-    /// The kind of failure, as a label for counters and logs.
-    pub fn cause(&self) -> BackendCause {
-        match self {
-            BackendError::NotFound { .. } => BackendCause::NotFound,
-            BackendError::OutOfRange { .. } | BackendError::ShortRead { .. } => {
-                BackendCause::ShortRead
-            }
-            BackendError::Io { .. } => BackendCause::Io,
-            BackendError::Timeout { .. } => BackendCause::Timeout,
-        }
+    /// The places it reads from, the preferred one first, for metrics.
+    fn sources(&self) -> Vec<SourceReport> {
+        Vec::new()
     }
 }
 
-/// Kinds of [`BackendError`] that are counted apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BackendCause {
-    NotFound,
-    ShortRead,
-    Io,
-    Timeout,
+/// How [`Backend::settings`] shows a secret that is set.
+pub const HIDDEN: &str = "***";
+
+/// What to do while no source answers (config `on_outage`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Outage {
+    /// A read is repeated until its deadline, then it fails.
+    #[default]
+    Deadline,
+    /// A read is repeated for as long as it takes; also when access is denied, as new credentials
+    /// may come.
+    Wait,
+    /// A read is repeated so often, then it fails.
+    Fail { retries: u32 },
 }
 
-impl BackendCause {
-    pub const ALL: [BackendCause; 4] =
-        [BackendCause::NotFound, BackendCause::ShortRead, BackendCause::Io, BackendCause::Timeout];
+/// Why a setting cannot be changed.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {reason}")]
+pub struct SettingError {
+    pub key: String,
+    pub reason: String,
+}
 
-    /// Label of the metric.
-    pub fn label(self) -> &'static str {
-        match self {
-            BackendCause::NotFound => "not_found",
-            BackendCause::ShortRead => "short_read",
-            BackendCause::Io => "io",
-            BackendCause::Timeout => "timeout",
-        }
+impl SettingError {
+    pub fn new(key: impl Into<String>, reason: impl Into<String>) -> SettingError {
+        SettingError { key: key.into(), reason: reason.into() }
     }
+}
+
+/// One place that blobs are read from: how it is and what it gave so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceReport {
+    /// For logs and labels: `mirror http://m:5000`. Holds no secret.
+    pub name: String,
+    /// False while it is left out because it failed.
+    pub healthy: bool,
+    pub requests: u64,
+    /// Bytes of blobs that arrived.
+    pub bytes: u64,
+    /// Requests that failed, in the order of [`BackendCause::ALL`].
+    pub errors: [u64; BackendCause::ALL.len()],
 }

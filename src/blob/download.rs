@@ -18,7 +18,7 @@ use super::flight::{Slot, within};
 use super::plan;
 use super::store::{Blob, Store};
 use super::unit::{Bad, Unit, UnitSlot};
-use crate::backend::{BackendError, ByteStream};
+use crate::backend::{BackendError, ByteStream, Outage};
 
 /// A download that nobody waits for any more goes on as long as bytes keep coming at least this
 /// often, and at most for [`MAX_LINGER`].
@@ -52,7 +52,8 @@ async fn download(blob: Arc<Blob>, mut units: Vec<Unit>) {
         let fetched_twice = |unit: &Unit| unit.bad.is_some();
         let mut again = Vec::new();
         for (mut unit, reason) in bad {
-            if fetched_twice(&unit) {
+            let another = blob.backend.mistrust(&blob.info.id, unit.stored.clone());
+            if fetched_twice(&unit) && !another {
                 fail(vec![unit], bad_bytes(&blob, reason));
                 continue;
             }
@@ -67,7 +68,6 @@ async fn download(blob: Arc<Blob>, mut units: Vec<Unit>) {
                 },
                 blob.backend.name()
             );
-            blob.backend.mistrust(&blob.info.id, unit.stored.clone());
             unit.bad = Some(reason);
             again.push(unit);
         }
@@ -302,6 +302,9 @@ impl Blob {
         &self,
         answer: impl Future<Output = Result<T, BackendError>>,
     ) -> Result<T, Failure> {
+        if self.backend.watches_itself() {
+            return answer.await.map_err(|e| self.backend_failed(e));
+        }
         let after = self.store.config.stall_timeout;
         let end = Instant::now() + after;
         let silent = || {
@@ -335,12 +338,18 @@ impl Blob {
         attempts: u32,
         until: impl Fn() -> Instant,
     ) -> bool {
-        if !error.retryable() {
+        let again = match self.backend.outage() {
+            Outage::Deadline => error.retryable(),
+            Outage::Wait => error.retryable() || matches!(error, BackendError::Denied { .. }),
+            Outage::Fail { retries } => error.retryable() && attempts <= retries,
+        };
+        if !again {
             return false;
         }
         let pause =
             (FIRST_PAUSE * 2u32.saturating_pow(attempts.saturating_sub(1).min(16))).min(MAX_PAUSE);
-        let end = Instant::now() + jittered(pause);
+        let pause = jittered(pause).max(error.retry_after().unwrap_or_default());
+        let end = Instant::now() + pause;
         if end >= until() {
             return false;
         }

@@ -46,10 +46,10 @@ impl<R: Clone> Slot<R> {
     }
 
     /// Until when another process may keep us waiting. It may be stuck; a quarter of the time is
-    /// left for trying ourselves.
+    /// left for trying ourselves, and more if the time has no end.
     pub fn claim_patience(&self) -> Instant {
         let now = Instant::now();
-        now + self.until().saturating_duration_since(now) / 4 * 3
+        now + (self.until().saturating_duration_since(now) / 4 * 3).min(MAX_CLAIM_PATIENCE)
     }
 
     /// Sets the result and wakes the waiters. The first result counts.
@@ -90,6 +90,9 @@ impl<R: Clone> Slot<R> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
+
+/// Longest wait for another process, whatever the deadline.
+const MAX_CLAIM_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A deadline beyond any that is meant.
 const FAR: Duration = Duration::from_secs(86_400);

@@ -211,7 +211,7 @@ impl Load {
         }
         let table = blob.table.get().ok_or(ChunkFailure::Abandoned)?;
         if has_section(&blob.info) {
-            drop(table.section.set(self.section().await?));
+            drop(table.section.set(self.good_section().await?));
         } else if !table.confirmed.load(Ordering::Acquire) {
             if self.fetch().await?.layout != table.layout {
                 let reason = "the saved one is not the blob's".into();
@@ -265,13 +265,16 @@ impl Load {
             let parsed = self.blob.on_worker(move || blob.parse_table(&bytes, !second_try)).await?;
             match parsed {
                 Ok(table) => return Ok(table),
-                Err(e) if second_try || matches!(e, FormatError::Unsupported { .. }) => {
+                Err(e) if matches!(e, FormatError::Unsupported { .. }) => {
                     return Err(table_error(e));
                 }
                 Err(e) => {
+                    let another = self.blob.backend.mistrust(&info.id, stored);
+                    if second_try && !another {
+                        return Err(table_error(e));
+                    }
                     log::warn!("blob {}: fetching the context table again: {}", info.id, chain(&e));
                     second_try = true;
-                    self.blob.backend.mistrust(&info.id, stored);
                 }
             }
         }
@@ -312,6 +315,20 @@ impl Load {
         let until = self.slot.claim_patience();
         let wait = self.blob.store.waiters.wait(file, range);
         Ok(within(&self.blob.store, || until, wait).await.and_then(Result::ok))
+    }
+
+    /// The digests of the blob's `blob.digest` section, from another source if what comes is
+    /// damaged and there is one.
+    async fn good_section(&self) -> Result<Vec<u8>, ChunkFailure> {
+        let info = &self.blob.info;
+        loop {
+            match self.section().await {
+                Err(ChunkFailure::Table(e)) if self.blob.backend.mistrust(&info.id, 0..0) => {
+                    log::warn!("blob {}: fetching the digests again: {}", info.id, chain(&*e));
+                }
+                other => return other,
+            }
+        }
     }
 
     /// The digests of the blob's `blob.digest` section.

@@ -14,6 +14,7 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use log::LevelFilter;
 
 use super::version::VERSION;
+use crate::fuse::MountPath;
 
 /// What the program was asked to do.
 #[derive(Debug)]
@@ -36,8 +37,10 @@ pub struct Options {
     pub sock: PathBuf,
     /// Socket for the HTTP API; none: no API.
     pub apisock: Option<PathBuf>,
-    /// The image to serve.
-    pub bootstrap: PathBuf,
+    /// The image to mount at start; none: an empty tree in which the API mounts.
+    pub bootstrap: Option<PathBuf>,
+    /// Where it is mounted.
+    pub mountpoint: String,
     /// Config file; none: blobs beside the bootstrap or in `localfs_dir`, private cache.
     pub config: Option<PathBuf>,
     pub localfs_dir: Option<PathBuf>,
@@ -63,8 +66,8 @@ pub struct Options {
 
 /// Serve RAFS container images to microVM guests over virtio-fs, lazily
 ///
-/// rafsd presents one RAFS v6 image to a virtual machine: the guest mounts it as `virtiofs`, and file
-/// data is fetched, verified and cached when it is first read. It takes the place of nydusd and
+/// rafsd presents RAFS v6 images to a virtual machine: the guest mounts them as one `virtiofs`, and
+/// file data is fetched, verified and cached when it is first read. It takes the place of nydusd and
 /// behaves the same when it is called by that name.
 ///
 /// Exit codes: 0 stopped by a signal or by the API, 1 failure while starting or running, 2 wrong
@@ -114,9 +117,16 @@ struct Cli {
 
     /// Image to serve: the bootstrap (metadata) of a RAFS v6 image
     ///
-    /// Required: mounting by the API is not in this version.
+    /// Default: none; images are mounted by the API.
     #[arg(short = 'B', long, global = true, value_name = "FILE", help_heading = "Image")]
     bootstrap: Option<PathBuf>,
+
+    /// Where in the guest's tree the image of `--bootstrap` is mounted
+    ///
+    /// Default: /. An absolute path; directories that lead there are made up. With an image at /
+    /// nothing else can be mounted.
+    #[arg(short = 'm', long, global = true, value_name = "PATH", help_heading = "Image")]
+    virtual_mountpoint: Option<String>,
 
     /// Where blobs come from and where they are cached: nydusd's config file
     ///
@@ -214,8 +224,6 @@ struct Cli {
     xattr: u8,
     #[arg(long, global = true, hide = true)]
     prefetch_files: Option<PathBuf>,
-    #[arg(short = 'm', long, global = true, hide = true)]
-    virtual_mountpoint: Option<String>,
     #[arg(short = 'o', global = true, hide = true, action = ArgAction::Append)]
     mount_options: Vec<String>,
 
@@ -267,9 +275,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     let ignored = ignored(&cli)?;
     let required = |what: &str| usage_error(format!("{what}\n\n{}", Cli::command().render_usage()));
     let sock = cli.sock.ok_or_else(|| required("`--sock PATH` is required"))?;
-    let bootstrap = cli.bootstrap.ok_or_else(|| {
-        required("`--bootstrap FILE` is required: mounting by the API is not in this build")
-    })?;
+    let mountpoint = cli.virtual_mountpoint.unwrap_or_else(|| "/".into());
+    if let Err(e) = MountPath::parse(&mountpoint) {
+        return Err(usage_error(format!("--virtual-mountpoint: {e}")));
+    }
     let tag = cli.tag.unwrap_or_else(|| "kataShared".into());
     if !(1..=36).contains(&tag.len()) {
         return Err(usage_error(format!("--tag: 1 to 36 bytes, not {}", tag.len())));
@@ -277,7 +286,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     Ok(Invocation::Serve(Box::new(Options {
         sock,
         apisock: cli.apisock,
-        bootstrap,
+        bootstrap: cli.bootstrap,
+        mountpoint,
         config: cli.config,
         localfs_dir: cli.localfs_dir,
         log_level: cli.log_level.unwrap_or(LevelFilter::Info),
@@ -319,12 +329,7 @@ fn refuse_missing_features(cli: &Cli) -> Result<(), UsageError> {
     if let Some((what, _)) = given.iter().find(|(_, given)| *given) {
         return Err(usage_error(format!("{what} is not in this build")));
     }
-    match cli.virtual_mountpoint.as_deref() {
-        None | Some("/") => Ok(()),
-        Some(path) => {
-            Err(usage_error(format!("--virtual-mountpoint {path}: only `/` is in this build")))
-        }
-    }
+    Ok(())
 }
 
 /// Flags that were given and change nothing, with the reason; refuses unknown `-o` options.
@@ -342,6 +347,14 @@ fn ignored(cli: &Cli) -> Result<Vec<(String, &'static str)>, UsageError> {
         if given {
             ignored.push((flag.to_owned(), reason));
         }
+    }
+    let image_flags = [
+        ("--config", cli.config.is_some()),
+        ("--localfs-dir", cli.localfs_dir.is_some()),
+        ("--virtual-mountpoint", cli.virtual_mountpoint.is_some()),
+    ];
+    for (flag, _) in image_flags.iter().filter(|(_, given)| *given && cli.bootstrap.is_none()) {
+        ignored.push(((*flag).to_owned(), "there is no --bootstrap that it is about"));
     }
     if cli.log_file.is_none() && cli.log_rotation_size.is_some_and(|n| n > 0) {
         ignored.push(("--log-rotation-size".into(), "there is no --log-file"));
@@ -436,7 +449,9 @@ mod tests {
     #[test]
     fn short_forms() {
         let o = options("virtiofs --sock S -B first -C conf -L log/x -l trace -A api -m /");
-        assert_eq!(o.bootstrap, PathBuf::from("boot"), "the last one wins");
+        assert_eq!(o.bootstrap, Some(PathBuf::from("boot")), "the last one wins");
+        assert_eq!(o.mountpoint, "/");
+        assert_eq!(options("--sock S -m /rafs/x").mountpoint, "/rafs/x");
         assert_eq!(o.config, Some("conf".into()));
         assert_eq!(o.log_file, Some("log/x.log".into()));
         assert_eq!(o.log_level, LevelFilter::Trace);
@@ -472,10 +487,9 @@ mod tests {
             ("--fd=3 -o source=/srv", "--fd"),
             ("--sock S -o source=/srv", "-o source"),
             ("--sock S -o frobnicate", "-o frobnicate: unknown"),
-            ("--sock S -m /rafs", "only `/`"),
+            ("--sock S -m rafs", "a mountpoint starts with `/`"),
             ("--sock S --upgrade", "--upgrade"),
             ("virtiofs --apisock A", "`--sock PATH` is required"),
-            ("virtiofs --apisock A --sock S", "`--bootstrap FILE` is required"),
             ("virtiofs --sock S --frobnicate", "--frobnicate"),
             ("virtiofs --sock S -C c -D d", "cannot be used with"),
         ];

@@ -1,74 +1,125 @@
-//! One image, from the names on the command line to a file system that can be served.
+//! Images, from the names in a request or on the command line to file systems that can be mounted.
+//!
+//! An image can be opened at any time; nothing is fetched or walked, so it takes milliseconds. All
+//! images with the same `work_dir` share one cache, with its budgets and counters.
 
-use std::path::Path;
-use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
 use super::DaemonError;
-use super::cli::Options;
 use super::config::{BackendConfig, Config};
-use super::state::MountInfo;
 use crate::backend::{Backend, LocalFs};
 use crate::blob::{Store, StoreConfig};
-use crate::fuse::{Mounts, RafsFs, RafsOptions};
+use crate::fuse::{RafsFs, RafsOptions};
 use crate::rafs::Bootstrap;
 
-/// An image that is ready to be served at `/`.
-pub struct Image {
-    pub mounts: Arc<Mounts>,
-    pub store: Arc<Store>,
-    pub info: MountInfo,
+/// What an image is made of.
+#[derive(Debug)]
+pub struct Source {
+    pub bootstrap: PathBuf,
+    /// Where its data comes from and where it is kept.
+    pub config: Config,
+    /// What logs call it: where it is mounted.
+    pub name: String,
 }
 
-/// Opens the image that `options` name. Takes milliseconds: nothing is fetched or walked.
-///
-/// # Errors
-///
-/// The config, the bootstrap or the cache directory cannot be used.
-pub fn open(options: &Options, runtime: &Handle) -> Result<Image, DaemonError> {
-    let begin = Instant::now();
-    let config = match &options.config {
-        Some(file) => Config::load(file)?,
-        None => Config::beside(&options.bootstrap, options.localfs_dir.as_deref())?,
-    };
-    if let Some(file) = &options.config {
-        log::info!("config {}: {}", file.display(), config.form);
-    }
-    for note in &config.notes {
-        log::info!("config: ignored: {note}");
-    }
-    let path = &options.bootstrap;
-    let bad = |source| DaemonError::Bootstrap { path: path.clone(), source };
-    let bootstrap = Bootstrap::open(path).map_err(bad)?;
+/// Opens images, and keeps the caches that they use.
+pub struct Images {
+    runtime: Handle,
+    read_timeout: Duration,
+    /// Threads that decompress and verify; 0: chosen by the number of processors.
+    workers: usize,
+    caches: Mutex<Caches>,
+}
 
-    let mut store_config = StoreConfig::new(config.work_dir.clone());
-    store_config.read_timeout = options.read_timeout;
-    if options.workers > 0 {
-        store_config.workers = usize::from(options.workers);
-    }
-    let store = Store::new(store_config, runtime.clone())?;
-    let backend = backend(&config.backend, runtime);
-    let blobs = bootstrap
-        .blobs()
-        .iter()
-        .map(|blob| store.open_blob(&bootstrap, blob.index, Arc::clone(&backend)))
-        .collect::<Result<Vec<_>, _>>()?;
-    describe(path, &bootstrap, backend.name(), &config, begin);
+#[derive(Default)]
+struct Caches {
+    /// By `work_dir`.
+    stores: HashMap<PathBuf, Arc<Store>>,
+    /// Bytes fetched by, and bytes in all blobs of, caches that are no longer used.
+    retired: (u64, u64),
+}
 
-    let fs_options = RafsOptions { read_timeout: options.read_timeout, ..RafsOptions::default() };
-    let fs = RafsFs::new(bootstrap, blobs, fs_options);
-    Ok(Image {
-        mounts: Mounts::single(fs),
-        store,
-        info: MountInfo {
-            backend_type: "Rafs",
-            mountpoint: "/".into(),
-            mounted_time: SystemTime::now(),
-            config: config.public(),
-        },
-    })
+impl Images {
+    /// Waits for chunks run on `runtime`; `workers` as for `--thread-num`.
+    pub fn new(runtime: Handle, read_timeout: Duration, workers: u16) -> Images {
+        Images { runtime, read_timeout, workers: workers.into(), caches: Mutex::default() }
+    }
+
+    /// Opens an image. Reads the super block and tables of the bootstrap, and may wait for the disk
+    /// that it is on.
+    ///
+    /// # Errors
+    ///
+    /// The bootstrap or the cache directory cannot be used.
+    pub fn open(&self, source: Source) -> Result<RafsFs, DaemonError> {
+        let begin = Instant::now();
+        let Source { bootstrap: path, config, name } = source;
+        for note in &config.notes {
+            log::info!("{name}: config: ignored: {note}");
+        }
+        let bad = |source| DaemonError::Bootstrap { path: path.clone(), source };
+        let bootstrap = Bootstrap::open(&path).map_err(bad)?;
+        let store = self.store(&config.work_dir)?;
+        let backend = backend(&config.backend, &self.runtime);
+        let blobs = bootstrap
+            .blobs()
+            .iter()
+            .map(|blob| store.open_blob(&bootstrap, blob.index, Arc::clone(&backend)))
+            .collect::<Result<Vec<_>, _>>()?;
+        describe(&name, &path, &bootstrap, backend.name(), &config, begin);
+        let options =
+            RafsOptions { name, read_timeout: self.read_timeout, ..RafsOptions::default() };
+        Ok(RafsFs::new(bootstrap, blobs, options))
+    }
+
+    /// Bytes fetched so far, and bytes of chunk data in all blobs opened so far.
+    pub fn fetched(&self) -> (u64, u64) {
+        let caches = self.lock();
+        caches.stores.values().fold(caches.retired, |(fetched, total), store| {
+            let (more, of) = store.fetched();
+            (fetched + more, total + of)
+        })
+    }
+
+    /// Lets go of caches that no image uses any more.
+    pub fn sweep(&self) {
+        let mut caches = self.lock();
+        let Caches { stores, retired } = &mut *caches;
+        stores.retain(|_, store| {
+            let used = Arc::strong_count(store) > 1;
+            if !used {
+                let (fetched, total) = store.fetched();
+                *retired = (retired.0 + fetched, retired.1 + total);
+            }
+            used
+        });
+    }
+
+    fn store(&self, work_dir: &Path) -> Result<Arc<Store>, DaemonError> {
+        // Two names of one directory give two stores: they then deal with each other as two
+        // processes would.
+        if let Some(store) = self.lock().stores.get(work_dir) {
+            return Ok(Arc::clone(store));
+        }
+        let mut config = StoreConfig::new(work_dir);
+        config.read_timeout = self.read_timeout;
+        if self.workers > 0 {
+            config.workers = self.workers;
+        }
+        // Without the lock: the directory may be on a file system that hangs.
+        let store = Store::new(config, self.runtime.clone())?;
+        let mut caches = self.lock();
+        Ok(Arc::clone(caches.stores.entry(work_dir.to_owned()).or_insert(store)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Caches> {
+        self.caches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn backend(config: &BackendConfig, runtime: &Handle) -> Arc<dyn Backend> {
@@ -78,11 +129,19 @@ fn backend(config: &BackendConfig, runtime: &Handle) -> Arc<dyn Backend> {
 }
 
 /// One line for the operator.
-fn describe(path: &Path, image: &Bootstrap, source: &str, config: &Config, begin: Instant) {
+fn describe(
+    name: &str,
+    path: &Path,
+    image: &Bootstrap,
+    source: &str,
+    config: &Config,
+    begin: Instant,
+) {
     let (blobs, bytes) =
         (image.blobs().len(), image.blobs().iter().map(|b| b.data_end).sum::<u64>());
     log::info!(
-        "image {}: {} inodes, {blobs} blobs of {bytes} bytes from {source}, cache below {}, opened in {:?}",
+        "{name}: image {}: {} inodes, {blobs} blobs of {bytes} bytes from {source}, cache below {}, \
+         opened in {:?}",
         path.display(),
         image.path_count(),
         config.work_dir.display(),

@@ -1,13 +1,15 @@
 //! The household: arguments, config, logs, signals, the HTTP API, and every thread.
 //!
 //! [`run`](run::run) starts the pieces in an order that clients can rely on: the API answers first,
-//! then the image is opened, then the VMM's socket listens, and only then the state is RUNNING.
+//! then the image of the command line is opened, if there is one, then the VMM's socket listens, and
+//! only then the state is RUNNING. More is mounted, and unmounted, by the API.
 
 pub mod api;
 pub mod cli;
 pub mod config;
 pub mod image;
 pub mod log;
+pub mod mounted;
 pub mod run;
 pub mod signal;
 pub mod socket;
@@ -19,7 +21,20 @@ use std::path::PathBuf;
 
 use crate::blob::StoreError;
 use crate::device::DeviceError;
+use crate::fuse::PassthroughError;
 use crate::rafs::FormatError;
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
 
 /// Why the daemon cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -39,4 +54,8 @@ pub enum DaemonError {
     Store(#[from] StoreError),
     #[error("device")]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Passthrough(#[from] PassthroughError),
+    #[error("mounting {at}")]
+    Mount { at: String, source: Box<mounted::ChangeError> },
 }

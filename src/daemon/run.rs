@@ -5,8 +5,8 @@
 //! a VMM, with reads on their way. Everything that could block runs elsewhere and is left behind when
 //! it does not end in time; nothing on disk needs an orderly end.
 
-use std::fmt;
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,12 +17,13 @@ use tokio::sync::watch;
 
 use super::DaemonError;
 use super::cli::Options;
-use super::image::{self, Image};
+use super::config::Config;
+use super::image::Images;
 use super::log::{LogGuard, Target};
+use super::mounted::{Mounted, What};
 use super::signal;
 use super::socket::Sockets;
 use super::state::{State, Status, StopReason};
-use crate::blob::Store;
 use crate::device::{Device, DeviceConfig, Listener, Stop};
 
 /// How long the device and the API may take to end.
@@ -46,7 +47,6 @@ enum Event {
 
 /// What is there to be stopped once everything runs.
 struct Running {
-    store: Arc<Store>,
     /// How many [`Event::Ended`] a stop brings about.
     services: usize,
 }
@@ -79,7 +79,7 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
     log_panics();
     let result = serve(options, &log);
     if let Err(e) = &result {
-        log::error!("{}", Chain(e));
+        log::error!("{}", super::chain(e));
     }
     log.flush(LAST_LINES);
     result
@@ -88,7 +88,11 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
 fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
     let system = |what| move |source| DaemonError::System { what, source };
     let (stop, stopped) = bounded(1);
-    let status = Arc::new(Status::new(options.id.clone(), options.supervisor.clone(), stop));
+    let runtime = runtime(&options).map_err(system("threads for downloads"))?;
+    let images = Images::new(runtime.handle().clone(), options.read_timeout, options.workers);
+    let (id, supervisor) = (options.id.clone(), options.supervisor.clone());
+    let mounted = Arc::new(Mounted::new(images));
+    let status = Arc::new(Status::new(id, supervisor, mounted, stop));
     signal::stop_on_signals(Arc::clone(&status)).map_err(system("signal handlers"))?;
     for (flag, reason) in &options.ignored {
         log::info!("ignored: {flag}: {reason}");
@@ -100,7 +104,7 @@ fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
     let context = Arc::new(Context {
         status: Arc::clone(&status),
         sockets: Sockets::default(),
-        runtime: runtime(&options).map_err(system("threads for downloads"))?,
+        runtime,
         stop_device: Stop::new().map_err(system("event descriptor"))?,
         stop_api: watch::Sender::new(false),
         events,
@@ -121,7 +125,7 @@ fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
         ended_in_time(&happened, running.services);
     }
     if result.is_ok() {
-        let (fetched, total) = running.map_or((0, 0), |r| r.store.fetched());
+        let (fetched, total) = status.mounted().images().fetched();
         log::info!("fetched {fetched} of {total} bytes");
     }
     log.flush(LAST_LINES);
@@ -161,7 +165,7 @@ fn ended_in_time(happened: &Receiver<Event>, services: usize) {
     for _ in 0..services {
         match happened.recv_deadline(deadline) {
             Ok(Event::Ended(Ok(()))) => {}
-            Ok(Event::Ended(Err(e))) => log::warn!("while stopping: {}", Chain(&e)),
+            Ok(Event::Ended(Err(e))) => log::warn!("while stopping: {}", super::chain(&e)),
             Ok(Event::Started(_)) => {}
             Err(_) => {
                 log::debug!("not everything ended within {GRACE:?}");
@@ -176,11 +180,13 @@ fn start(context: &Arc<Context>) -> Result<Running, DaemonError> {
     let Context { options, status, sockets, runtime, .. } = &**context;
     let begin = Instant::now();
     let with_api = start_api(context)?;
-    let Image { mounts, store, info } = image::open(options, runtime.handle())?;
-    status.add_mount(info);
+    if let Some(bootstrap) = &options.bootstrap {
+        mount_image(options, bootstrap, status.mounted())?;
+    }
     let system = |source| DaemonError::System { what: "socket", source };
     let listener = Listener::from_socket(sockets.listen(&options.sock)?).map_err(system)?;
     let config = DeviceConfig { tag: options.tag.clone(), request_queues: options.request_queues };
+    let mounts = Arc::clone(status.mounted().table());
     let device = Device::new(config, mounts, runtime.handle().clone())?;
     status.set_state(State::Ready);
     let serving = Arc::clone(context);
@@ -195,7 +201,26 @@ fn start(context: &Arc<Context>) -> Result<Running, DaemonError> {
         options.sock.display(),
         begin.elapsed()
     );
-    Ok(Running { store, services: 1 + usize::from(with_api) })
+    Ok(Running { services: 1 + usize::from(with_api) })
+}
+
+/// Mounts the image that the command line names.
+fn mount_image(options: &Options, bootstrap: &Path, mounted: &Mounted) -> Result<(), DaemonError> {
+    let config = match &options.config {
+        Some(file) => Config::load(file)?,
+        None => Config::beside(bootstrap, options.localfs_dir.as_deref())?,
+    };
+    if let Some(file) = &options.config {
+        log::info!("config {}: {}", file.display(), config.form);
+    }
+    let image = What::Image {
+        bootstrap: bootstrap.to_owned(),
+        config: Box::new(config),
+        prefetch_files: Vec::new(),
+    };
+    let at = &options.mountpoint;
+    let failed = |source| DaemonError::Mount { at: at.clone(), source: Box::new(source) };
+    mounted.prepare(at, image).and_then(|image| mounted.mount(image)).map_err(failed)
 }
 
 /// Serves the API if a socket for it was asked for; says whether.
@@ -239,19 +264,4 @@ fn log_panics() {
         let thread = thread::current();
         log::error!("thread {} {info}", thread.name().unwrap_or("without a name"));
     }));
-}
-
-/// An error with its causes, on one line.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
-        }
-        Ok(())
-    }
 }

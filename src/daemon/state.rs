@@ -1,12 +1,12 @@
 //! What the daemon is doing, as the API tells it: state, mounts, and who asked it to stop.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::Sender;
 use serde::Serialize;
 
+use super::mounted::{MountInfo, Mounted};
 use super::version::{VERSION, Version};
 
 /// State of the daemon in nydusd's words.
@@ -21,17 +21,6 @@ pub enum State {
     Running,
     /// About to exit.
     Stopped,
-}
-
-/// One mounted file system, as the API shows it.
-#[derive(Clone, Debug, Serialize)]
-pub struct MountInfo {
-    pub backend_type: &'static str,
-    pub mountpoint: String,
-    #[serde(serialize_with = "time_text")]
-    pub mounted_time: SystemTime,
-    /// Version 2 document without secrets.
-    pub config: serde_json::Value,
 }
 
 /// Answer of `GET /api/v1/daemon`.
@@ -54,25 +43,27 @@ pub enum StopReason {
 }
 
 /// Shared by the thread that runs the daemon and by the API. Each lock is held for a copy.
-#[derive(Debug)]
 pub struct Status {
     id: Option<String>,
     supervisor: Option<String>,
     state: Mutex<State>,
-    mounts: Mutex<BTreeMap<String, MountInfo>>,
+    mounted: Arc<Mounted>,
     stop: Sender<StopReason>,
 }
 
 impl Status {
     /// A daemon in [`State::Init`]; a wish to stop goes to `stop`.
-    pub fn new(id: Option<String>, supervisor: Option<String>, stop: Sender<StopReason>) -> Self {
-        Status {
-            id,
-            supervisor,
-            state: Mutex::new(State::Init),
-            mounts: Mutex::new(BTreeMap::new()),
-            stop,
-        }
+    pub fn new(
+        id: Option<String>,
+        supervisor: Option<String>,
+        mounted: Arc<Mounted>,
+        stop: Sender<StopReason>,
+    ) -> Self {
+        Status { id, supervisor, state: Mutex::new(State::Init), mounted, stop }
+    }
+
+    pub fn mounted(&self) -> &Arc<Mounted> {
+        &self.mounted
     }
 
     pub fn state(&self) -> State {
@@ -87,11 +78,6 @@ impl Status {
         }
     }
 
-    pub fn add_mount(&self, mount: MountInfo) {
-        let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
-        mounts.insert(mount.mountpoint.clone(), mount);
-    }
-
     /// Asks the daemon to end; returns at once.
     pub fn request_stop(&self, reason: StopReason) {
         // A full channel means that somebody asked already.
@@ -100,38 +86,46 @@ impl Status {
 
     /// A snapshot; `with_mounts` is false for version 2 of the API.
     pub fn info(&self, with_mounts: bool) -> DaemonInfo {
-        let mounts = || self.mounts.lock().unwrap_or_else(PoisonError::into_inner).clone();
         DaemonInfo {
             version: VERSION,
             id: self.id.clone(),
             supervisor: self.supervisor.clone(),
             state: self.state(),
-            backend_collection: with_mounts.then(mounts),
+            backend_collection: with_mounts.then(|| self.mounted.infos()),
         }
     }
 }
 
-/// `2026-08-22 10:04:14.123456789 +00:00:00`: the form that nydusctl parses.
-fn time_text<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
-    let text = humantime::format_rfc3339_nanos(*time).to_string();
-    to.serialize_str(&text.replace('T', " ").replace('Z', " +00:00:00"))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use super::super::config::Config;
+    use super::super::image::Images;
+    use super::super::mounted::What;
     use super::*;
-    use std::time::{Duration, UNIX_EPOCH};
+
+    fn mounted(runtime: &tokio::runtime::Runtime) -> Arc<Mounted> {
+        Arc::new(Mounted::new(Images::new(runtime.handle().clone(), Duration::from_secs(1), 0)))
+    }
 
     #[test]
     fn daemon_info_has_the_members_clients_insist_on() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
         let (stop, _) = crossbeam_channel::bounded(1);
-        let status = Status::new(None, Some("/run/s".into()), stop);
-        status.add_mount(MountInfo {
-            backend_type: "Rafs",
-            mountpoint: "/".into(),
-            mounted_time: UNIX_EPOCH + Duration::new(1_787_393_054, 123_456_789),
-            config: serde_json::Value::Null,
-        });
+        let status = Status::new(None, Some("/run/s".into()), mounted(&runtime), stop);
+        let bootstrap =
+            format!("{}/guest-tests/golden/v6-none/bootstrap", env!("CARGO_MANIFEST_DIR"));
+        let cache = tempfile::tempdir().unwrap();
+        let mut config = Config::beside(bootstrap.as_ref(), None).unwrap();
+        config.work_dir = cache.path().to_owned();
+        let image = What::Image {
+            bootstrap: bootstrap.into(),
+            config: Box::new(config),
+            prefetch_files: Vec::new(),
+        };
+        let image = status.mounted().prepare("/rafs/c1/lowerdir", image).unwrap();
+        status.mounted().mount(image).unwrap();
         status.set_state(State::Running);
         let info = serde_json::to_value(status.info(true)).unwrap();
         assert_eq!(info["state"], "RUNNING");
@@ -140,16 +134,17 @@ mod tests {
         for member in ["package_ver", "git_commit", "build_time", "profile", "rustc"] {
             assert!(info["version"][member].is_string(), "{member}");
         }
-        let mount = &info["backend_collection"]["/"];
-        assert_eq!(mount["mounted_time"], "2026-08-22 10:04:14.123456789 +00:00:00");
+        let mount = &info["backend_collection"]["/rafs/c1/lowerdir"];
+        assert_eq!(mount["mountpoint"], "/rafs/c1/lowerdir");
         assert_eq!(mount["backend_type"], "Rafs");
         assert!(serde_json::to_value(status.info(false)).unwrap()["backend_collection"].is_null());
     }
 
     #[test]
     fn stopped_is_final() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
         let (stop, asked) = crossbeam_channel::bounded(1);
-        let status = Status::new(None, None, stop);
+        let status = Status::new(None, None, mounted(&runtime), stop);
         status.set_state(State::Stopped);
         status.set_state(State::Running);
         assert_eq!(status.state(), State::Stopped);

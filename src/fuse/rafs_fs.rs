@@ -175,6 +175,15 @@ impl FileSystem for RafsFs {
         self.image.root().0
     }
 
+    /// The file that the bootstrap was opened from, as it was then.
+    fn identity(&self) -> Option<[u8; 32]> {
+        self.image.file_id()
+    }
+
+    fn counts_inodes(&self) -> bool {
+        true
+    }
+
     fn valid_secs(&self) -> u64 {
         VALID_SECS
     }

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::abi::{self, Attr, EntryOut};
-use super::file_system::{Entry, FsError, chain};
+use super::file_system::{Call, FileSystem, FsError, chain};
 use super::listing::Listing;
-use super::mounts::{Mounts, Place};
+use super::mounts::{Mounts, Place, Tree};
 use super::reply::Reply;
 use super::request::{ForgetList, Operation, Request};
 use super::session::{ServerOptions, Session, Terms};
@@ -58,22 +58,27 @@ impl Server {
             }
         };
         let terms = self.session.terms();
+        let tree = self.mounts.load();
         match operation {
-            Operation::Init(init) => return Outcome::Reply(self.init(header.unique, &init, reply)),
+            Operation::Init(init) => {
+                tree.file_systems().for_each(FileSystem::end_session);
+                return Outcome::Reply(self.init(header.unique, &init, reply));
+            }
             Operation::Destroy => {
                 self.session.end();
+                tree.file_systems().for_each(FileSystem::end_session);
                 return Outcome::Reply(reply.done(header.unique));
             }
             Operation::NotifyReply => return Outcome::NoReply,
             Operation::Interrupt { unique } => return Outcome::Interrupt(unique),
             Operation::Forget(list) => {
-                self.forget(list);
+                self.forget(&tree, list);
                 return Outcome::NoReply;
             }
             _ => {}
         }
         let answer = if terms.open() {
-            self.answer(&terms, header, &operation, reply, pins)
+            self.answer(&tree, &terms, request, &operation, reply, pins)
         } else {
             Err(FsError::NoSession)
         };
@@ -82,7 +87,7 @@ impl Server {
             Err(FsError::Wait(wait)) => Outcome::Wait(wait),
             Err(error) => {
                 if error.is_fault() {
-                    let place = self.mounts.resolve(header.nodeid);
+                    let place = tree.resolve(header.nodeid);
                     let name = place.as_ref().map_or("?", |place| place.fs.name());
                     log::error!("{name}: {}", chain(&error));
                 }
@@ -98,8 +103,7 @@ impl Server {
     }
 
     fn init(&self, unique: u64, init: &abi::InitIn, reply: &mut Reply<'_>) -> u32 {
-        let (immutable, xattrs) = (self.mounts.immutable(), self.mounts.has_xattrs());
-        match self.session.start(init, &self.options, immutable, xattrs) {
+        match self.session.start(init, &self.options, self.mounts.promise()) {
             Some((out, len)) => {
                 log::debug!(
                     "session with FUSE {}.{}, flags {:#x} {:#x}",
@@ -117,9 +121,9 @@ impl Server {
         }
     }
 
-    fn forget(&self, list: ForgetList<'_>) {
+    fn forget(&self, tree: &Tree, list: ForgetList<'_>) {
         list.for_each(|nodeid, lookups| {
-            if let Some(place) = self.mounts.resolve(nodeid) {
+            if let Some(place) = tree.resolve(nodeid) {
                 place.fs.forget(place.node, lookups);
             }
         });
@@ -128,34 +132,35 @@ impl Server {
     /// Everything that is about a node. Returns the bytes written.
     fn answer(
         &self,
+        tree: &Tree,
         terms: &Terms,
-        header: &abi::InHeader,
+        request: &Request,
         operation: &Operation<'_>,
         reply: &mut Reply<'_>,
         pins: &Pins,
     ) -> Result<u32, FsError> {
+        let header = &request.header;
         let unique = header.unique;
-        let place = self.mounts.resolve(header.nodeid).ok_or(FsError::Stale)?;
+        let place = tree.resolve(header.nodeid).ok_or(FsError::Stale)?;
         let Place { fs, node, .. } = place;
+        let call = Call { request, terms: *terms, naming: place.naming() };
+        if let Some(answer) = fs.serve(&call, reply, pins) {
+            return answer;
+        }
         Ok(match *operation {
             Operation::Lookup { name } => {
-                let entry = match name {
-                    b"." => Some(Entry { node, attr: fs.attr(node)? }),
-                    b".." => Some(fs.parent(node)?),
-                    _ => fs.lookup(node, name)?,
-                };
-                let out = entry_out(&place, entry.as_ref());
+                let out = tree.lookup(&place, name)?;
                 let len = if terms.minor() < 9 { 120 } else { size_of::<EntryOut>() };
                 reply.bytes(unique, &out.as_bytes()[..len])
             }
             Operation::Getattr => {
-                let attr = fs.attr(node)?;
+                let attr = place.attr(fs.attr(node)?);
                 let out = abi::AttrOut { attr_valid: fs.valid_secs(), attr, ..Default::default() };
                 let len = if terms.minor() < 9 { 96 } else { size_of::<abi::AttrOut>() };
                 reply.bytes(unique, &out.as_bytes()[..len])
             }
             Operation::Statx => {
-                let stat = statx(&fs.attr(node)?);
+                let stat = statx(&place.attr(fs.attr(node)?));
                 let out = abi::StatxOut { attr_valid: fs.valid_secs(), stat, ..Default::default() };
                 reply.send(unique, &out)
             }
@@ -200,9 +205,7 @@ impl Server {
                 fs.access(node, mask)?;
                 reply.done(unique)
             }
-            Operation::Getxattr { .. } | Operation::Listxattr { .. }
-                if !self.mounts.has_xattrs() && self.mounts.immutable() =>
-            {
+            Operation::Getxattr { .. } | Operation::Listxattr { .. } if terms.no_xattrs() => {
                 // The guest need never ask again, for any node.
                 return Err(FsError::Unknown);
             }
@@ -249,19 +252,6 @@ impl Server {
             | Operation::Forget(_)
             | Operation::NotifyReply => return Err(FsError::InvalidArgument),
         })
-    }
-}
-
-/// What a guest is told about a name in the file system of `place`; without an entry, that there
-/// is none.
-pub(super) fn entry_out(place: &Place<'_>, entry: Option<&Entry>) -> EntryOut {
-    let valid = place.fs.valid_secs();
-    EntryOut {
-        nodeid: entry.map_or(0, |entry| place.nodeid(entry.node)),
-        entry_valid: valid,
-        attr_valid: valid,
-        attr: entry.map(|entry| entry.attr).unwrap_or_default(),
-        ..EntryOut::default()
     }
 }
 

@@ -4,8 +4,10 @@
 //! what the guest offers. `docs/fuse.md` lists the flags with their reasons.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use super::abi::{self, InitFlags};
+use super::mounts::Promise;
 
 /// Largest read or write in pages of 4 KiB.
 const MAX_PAGES: u16 = 256;
@@ -21,22 +23,29 @@ pub struct ServerOptions {
     /// The mount checks permissions in the guest's kernel (mount option `default_permissions`,
     /// which virtio-fs always has). Needed for idmapped mounts.
     pub default_permissions: bool,
+    /// Let the guest keep what it writes to host directories in its page cache for a while: faster,
+    /// but the host and other guests see it late, and changes of theirs may be lost.
+    pub writeback: bool,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        ServerOptions { zero_message_open: true, default_permissions: true }
+        ServerOptions { zero_message_open: true, default_permissions: true, writeback: false }
     }
 }
 
 /// What was agreed; every request looks at it once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Terms(u64);
 
 impl Terms {
     const OPEN: u64 = 1 << 0;
     const NO_OPEN: u64 = 1 << 1;
     const NO_OPENDIR: u64 = 1 << 2;
+    const NO_XATTRS: u64 = 1 << 3;
+    const SUBMOUNTS: u64 = 1 << 4;
+    const SETXATTR_EXT: u64 = 1 << 5;
+    const WRITEBACK: u64 = 1 << 6;
     const MINOR_SHIFT: u32 = 32;
 
     /// An INIT has been answered, and no DESTROY since.
@@ -54,6 +63,26 @@ impl Terms {
         self.0 & Self::NO_OPENDIR != 0
     }
 
+    /// No node has extended attributes, nor will have: the guest need not ask.
+    pub(super) fn no_xattrs(self) -> bool {
+        self.0 & Self::NO_XATTRS != 0
+    }
+
+    /// The guest makes a mount of its own of a directory that is marked as one.
+    pub(super) fn submounts(self) -> bool {
+        self.0 & Self::SUBMOUNTS != 0
+    }
+
+    /// SETXATTR has all its arguments.
+    pub(super) fn setxattr_ext(self) -> bool {
+        self.0 & Self::SETXATTR_EXT != 0
+    }
+
+    /// The guest keeps what it writes for a while.
+    pub(super) fn writeback(self) -> bool {
+        self.0 & Self::WRITEBACK != 0
+    }
+
     /// Version that both sides speak.
     pub(super) fn minor(self) -> u64 {
         self.0 >> Self::MINOR_SHIFT
@@ -62,28 +91,38 @@ impl Terms {
 
 /// The state of a connection between INIT and DESTROY.
 #[derive(Default)]
-pub(super) struct Session(AtomicU64);
+pub(super) struct Session {
+    terms: AtomicU64,
+    /// Kept for a guest that was told that nothing changes.
+    promise: Mutex<Option<Promise>>,
+}
 
 impl Session {
     pub(super) fn terms(&self) -> Terms {
-        Terms(self.0.load(Ordering::Relaxed))
+        Terms(self.terms.load(Ordering::Relaxed))
     }
 
     /// The guest leaves.
     pub(super) fn end(&self) {
-        self.0.store(0, Ordering::Relaxed);
+        self.terms.store(0, Ordering::Relaxed);
+        self.keep(None);
+    }
+
+    fn keep(&self, promise: Option<Promise>) {
+        *self.promise.lock().unwrap_or_else(PoisonError::into_inner) = promise;
     }
 
     /// Starts afresh, whatever was before. Returns the answer and how many bytes of it the guest
     /// expects; `None` if it speaks no version that we do.
     ///
-    /// `immutable` and `xattrs` are those of the tree that is served.
+    /// `fixed` is there if the tree never changes as long as the promise is kept, and says whether
+    /// a node has extended attributes. Otherwise anything may be mounted later, and what is agreed
+    /// has to be right for that, too.
     pub(super) fn start(
         &self,
         init: &abi::InitIn,
         options: &ServerOptions,
-        immutable: bool,
-        xattrs: bool,
+        fixed: Option<(Promise, bool)>,
     ) -> Option<(abi::InitOut, usize)> {
         self.end();
         if init.major < abi::MAJOR {
@@ -97,7 +136,8 @@ impl Session {
         let minor = init.minor.min(abi::MINOR);
         let offered =
             InitFlags::from_bits_retain(u64::from(init.flags2) << 32 | u64::from(init.flags));
-        let flags = offered & wanted(options, xattrs);
+        let xattrs = fixed.as_ref().is_none_or(|(_, xattrs)| *xattrs);
+        let flags = offered & wanted(options, fixed.is_some(), xattrs);
         let (low, high) = halves(flags);
         let out = abi::InitOut {
             major: abi::MAJOR,
@@ -117,7 +157,7 @@ impl Session {
             5..23 => 24,
             _ => size_of::<abi::InitOut>(),
         };
-        let zero_message = options.zero_message_open && immutable;
+        let zero_message = options.zero_message_open && fixed.is_some();
         let mut terms = Terms::OPEN | u64::from(minor) << Terms::MINOR_SHIFT;
         if zero_message && offered.contains(InitFlags::NO_OPEN_SUPPORT) {
             terms |= Terms::NO_OPEN;
@@ -125,13 +165,26 @@ impl Session {
         if zero_message && offered.contains(InitFlags::NO_OPENDIR_SUPPORT) {
             terms |= Terms::NO_OPENDIR;
         }
-        self.0.store(terms, Ordering::Relaxed);
+        if !xattrs {
+            terms |= Terms::NO_XATTRS;
+        }
+        for (flag, term) in [
+            (InitFlags::SUBMOUNTS, Terms::SUBMOUNTS),
+            (InitFlags::SETXATTR_EXT, Terms::SETXATTR_EXT),
+            (InitFlags::WRITEBACK_CACHE, Terms::WRITEBACK),
+        ] {
+            if flags.contains(flag) {
+                terms |= term;
+            }
+        }
+        self.keep(fixed.map(|(promise, _)| promise));
+        self.terms.store(terms, Ordering::Relaxed);
         Some((out, len))
     }
 }
 
 /// Flags that we answer if they are offered.
-fn wanted(options: &ServerOptions, xattrs: bool) -> InitFlags {
+fn wanted(options: &ServerOptions, fixed: bool, xattrs: bool) -> InitFlags {
     let mut flags = InitFlags::ASYNC_READ
         | InitFlags::EXPORT_SUPPORT
         | InitFlags::BIG_WRITES
@@ -147,6 +200,19 @@ fn wanted(options: &ServerOptions, xattrs: bool) -> InitFlags {
     if options.default_permissions {
         flags |= InitFlags::ALLOW_IDMAP;
     }
+    if !fixed {
+        // For what can be written, which may be mounted at any time.
+        flags |= InitFlags::ATOMIC_O_TRUNC
+            | InitFlags::DONT_MASK
+            | InitFlags::AUTO_INVAL_DATA
+            | InitFlags::SUBMOUNTS
+            | InitFlags::HANDLE_KILLPRIV_V2
+            | InitFlags::SETXATTR_EXT
+            | InitFlags::CREATE_SUPP_GROUP;
+        if options.writeback {
+            flags |= InitFlags::WRITEBACK_CACHE;
+        }
+    }
     flags
 }
 
@@ -159,6 +225,19 @@ fn halves(flags: InitFlags) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuse::{MountPath, Mounts, RafsFs, RafsOptions};
+    use crate::rafs::Bootstrap;
+
+    /// What is promised of an image at `/`; of the two, one has extended attributes.
+    fn fixed(xattrs: bool) -> Option<(Promise, bool)> {
+        let image = if xattrs { "v6-none" } else { "v6-empty" };
+        let path = format!("{}/guest-tests/golden/{image}/bootstrap", env!("CARGO_MANIFEST_DIR"));
+        let image = Bootstrap::open(path.as_ref()).unwrap();
+        let fixed =
+            Mounts::single(RafsFs::new(image, Vec::new(), RafsOptions::default())).promise();
+        assert_eq!(fixed.as_ref().map(|(_, xattrs)| *xattrs), Some(xattrs));
+        fixed
+    }
 
     /// INIT of a guest that offers everything.
     fn init(minor: u32) -> abi::InitIn {
@@ -185,7 +264,7 @@ mod tests {
             (99, 45, 64),
         ] {
             let (out, got) = Session::default()
-                .start(&init(minor), &ServerOptions::default(), true, true)
+                .start(&init(minor), &ServerOptions::default(), fixed(true))
                 .unwrap();
             assert_eq!((out.minor, got), (want, len), "minor {minor}");
         }
@@ -195,24 +274,28 @@ mod tests {
     fn only_what_is_offered_is_answered() {
         let nothing = abi::InitIn { major: 7, minor: 31, ..Default::default() };
         let session = Session::default();
-        let (out, _) = session.start(&nothing, &ServerOptions::default(), true, true).unwrap();
+        let (out, _) = session.start(&nothing, &ServerOptions::default(), fixed(true)).unwrap();
         assert_eq!((out.flags, out.flags2, out.max_pages, out.max_readahead), (0, 0, 0, 0));
         assert!(!session.terms().no_open() && !session.terms().no_opendir());
 
-        let (out, _) = session.start(&init(45), &ServerOptions::default(), true, true).unwrap();
+        let (out, _) = session.start(&init(45), &ServerOptions::default(), fixed(true)).unwrap();
         // ASYNC_READ, EXPORT_SUPPORT, BIG_WRITES, DO_READDIRPLUS, ASYNC_DIO, PARALLEL_DIROPS,
         // POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, INIT_EXT; ALLOW_IDMAP
         assert_eq!((out.flags, out.flags2), (0x40D4_A031, 0x100));
         assert_eq!((out.max_pages, out.max_write, out.max_readahead), (256, 1 << 20, 131_072));
         assert!(session.terms().no_open() && session.terms().no_opendir());
 
-        let (out, _) = session.start(&init(45), &ServerOptions::default(), true, false).unwrap();
+        let (out, _) = session.start(&init(45), &ServerOptions::default(), fixed(false)).unwrap();
         assert_eq!(out.flags & 1 << 20, 0, "no ACLs to check without xattrs");
-        let options = ServerOptions { zero_message_open: false, default_permissions: false };
-        let (out, _) = session.start(&init(45), &options, true, true).unwrap();
+        let options = ServerOptions {
+            zero_message_open: false,
+            default_permissions: false,
+            writeback: false,
+        };
+        let (out, _) = session.start(&init(45), &options, fixed(true)).unwrap();
         assert_eq!(out.flags2, 0, "idmapped mounts need the kernel's permission checks");
         assert!(!session.terms().no_open() && !session.terms().no_opendir());
-        session.start(&init(45), &ServerOptions::default(), false, true).unwrap();
+        session.start(&init(45), &ServerOptions::default(), None).unwrap();
         assert!(!session.terms().no_open(), "a tree that changes wants to see each open");
     }
 
@@ -220,24 +303,39 @@ mod tests {
     fn major_versions_are_negotiated() {
         let session = Session::default();
         let newer = abi::InitIn { major: 8, minor: 3, ..init(3) };
-        let (out, _) = session.start(&newer, &ServerOptions::default(), true, true).unwrap();
+        let (out, _) = session.start(&newer, &ServerOptions::default(), fixed(true)).unwrap();
         assert_eq!((out.major, out.minor, out.flags), (7, 45, 0));
         assert!(!session.terms().open(), "the guest asks again with our version");
         let older = abi::InitIn { major: 6, ..init(3) };
-        assert!(session.start(&older, &ServerOptions::default(), true, true).is_none());
+        assert!(session.start(&older, &ServerOptions::default(), fixed(true)).is_none());
     }
 
     #[test]
     fn a_session_ends_and_starts_afresh() {
         let session = Session::default();
         assert!(!session.terms().open());
-        session.start(&init(31), &ServerOptions::default(), true, true).unwrap();
+        session.start(&init(31), &ServerOptions::default(), fixed(true)).unwrap();
         assert!(session.terms().open());
         assert_eq!(session.terms().minor(), 31);
         let bare = abi::InitIn { flags: 0, flags2: 0, ..init(27) };
-        session.start(&bare, &ServerOptions::default(), true, true).unwrap();
+        session.start(&bare, &ServerOptions::default(), fixed(true)).unwrap();
         assert_eq!((session.terms().minor(), session.terms().no_open()), (27, false));
         session.end();
         assert!(!session.terms().open());
+    }
+    #[test]
+    fn a_promise_lasts_as_long_as_the_session() {
+        let path = format!("{}/guest-tests/golden/v6-none/bootstrap", env!("CARGO_MANIFEST_DIR"));
+        let image = Bootstrap::open(path.as_ref()).unwrap();
+        let mounts = Mounts::single(RafsFs::new(image, Vec::new(), RafsOptions::default()));
+        let session = Session::default();
+        session.start(&init(45), &ServerOptions::default(), mounts.promise()).unwrap();
+        assert_eq!(mounts.promised(), 1);
+        session.start(&init(45), &ServerOptions::default(), mounts.promise()).unwrap();
+        assert_eq!(mounts.promised(), 1);
+        session.end();
+        assert_eq!(mounts.promised(), 0);
+        mounts.unmount(&MountPath::root()).unwrap();
+        assert!(mounts.promise().is_none(), "anything may be mounted now");
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Image {
     data: Arc<Data>,
     pub(super) sb: SuperInfo,
     pub(super) blobs: Vec<BlobInfo>,
+    /// Of the file it was opened from.
+    file_id: Option<[u8; 32]>,
 }
 
 enum Data {
@@ -75,7 +77,7 @@ impl Bootstrap {
                 unsafe { memmap2::MmapOptions::new().map_copy_read_only(&file) }.map_err(io)?,
             ),
         };
-        Self::check(data)
+        Self::check(data, Some(file_id(&metadata)))
     }
 
     /// A bootstrap held in memory, such as one taken out of a packed blob.
@@ -84,12 +86,12 @@ impl Bootstrap {
     ///
     /// As [`Bootstrap::open`], less [`FormatError::Io`].
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Bootstrap> {
-        Self::check(Data::Owned(bytes))
+        Self::check(Data::Owned(bytes), None)
     }
 
-    fn check(data: Data) -> Result<Bootstrap> {
-        let mut image =
-            Image { sb: superblock::check(data.bytes())?, data: Arc::new(data), blobs: vec![] };
+    fn check(data: Data, file_id: Option<[u8; 32]>) -> Result<Bootstrap> {
+        let sb = superblock::check(data.bytes())?;
+        let mut image = Image { sb, data: Arc::new(data), blobs: vec![], file_id };
         image.blobs = blob_table::check(
             image.slice_of::<BlobEntry>("blob table", &image.sb.blob_table)?,
             image.slice_of::<DeviceSlot>("device table", &image.sb.device_table)?,
@@ -117,8 +119,15 @@ impl Bootstrap {
             return Err(FormatError::invalid("blob table", self.image.sb.blob_table.start, reason));
         }
         blobs[unknown].id = id;
-        let (data, sb) = (self.image.data.clone(), self.image.sb.clone());
-        Ok(Bootstrap { image: Arc::new(Image { data, sb, blobs }) })
+        let Image { data, sb, file_id, .. } = &*self.image;
+        let (data, sb, file_id) = (data.clone(), sb.clone(), *file_id);
+        Ok(Bootstrap { image: Arc::new(Image { data, sb, blobs, file_id }) })
+    }
+
+    /// Tells the file that was opened from every other one and from what it is after a change, as
+    /// far as the file system records changes. `None` if the bootstrap did not come from a file.
+    pub fn file_id(&self) -> Option<[u8; 32]> {
+        self.image.file_id
     }
 
     /// Bytes of the bootstrap.
@@ -274,6 +283,18 @@ impl Image {
         let bytes = self.slice(what, range.start, len)?;
         Ok(<[T]>::ref_from_bytes(bytes).expect("the slice is whole Ts, which are unaligned"))
     }
+}
+
+/// Where the file is, how long it is, and when it was last changed, in a digest.
+fn file_id(metadata: &std::fs::Metadata) -> [u8; 32] {
+    use std::os::unix::fs::MetadataExt;
+    let m = metadata;
+    let times = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()].map(i64::cast_unsigned);
+    let mut hash = blake3::Hasher::new();
+    for number in [m.dev(), m.ino(), m.size()].into_iter().chain(times) {
+        hash.update(&number.to_le_bytes());
+    }
+    *hash.finalize().as_bytes()
 }
 
 impl fmt::Debug for Image {

@@ -2,14 +2,17 @@
 //!
 //! Connections are never closed for being idle: nydus-snapshotter holds one open for as long as a
 //! daemon lives, and takes its end for a crash. Each answer with a status of 400 or more carries
-//! `{"code": …, "message": …}`, because clients parse it without looking. Handlers only read or set
-//! shared state; none waits for an image.
+//! `{"code": …, "message": …}`, because clients parse it without looking. Handlers read or set shared
+//! state; the one thing that may take long, opening an image, has a thread and a time limit of its
+//! own (`mount`), so that nothing else waits for it.
+
+mod mount;
+mod query;
+mod transport;
 
 use std::io;
-use std::os::unix::net::UnixListener as StdListener;
-use std::pin::Pin;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -17,18 +20,21 @@ use axum::extract::{Request, State as Shared};
 use axum::http::header::{CONTENT_TYPE, HeaderValue, SERVER};
 use axum::http::{Method, StatusCode};
 use axum::response::Response;
-use axum::serve::Listener;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{UnixListener, UnixStream, unix::SocketAddr};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use self::query::Query;
+use self::transport::Limited;
 use super::state::{State, Status, StopReason};
 
 /// Longest body in bytes; configs with certificates are long.
 const MAX_BODY: usize = 4 << 20;
-/// Connections served at once; more wait in the socket's backlog.
-const MAX_CONNECTIONS: usize = 1024;
+
+/// What handlers share.
+pub struct Api {
+    status: Arc<Status>,
+    opening: mount::Opening,
+}
 
 /// Serves the API on `listener` until `stop` is ready and the requests under way are answered.
 ///
@@ -36,17 +42,13 @@ const MAX_CONNECTIONS: usize = 1024;
 ///
 /// The listener cannot be used with the runtime. Failing connections are no error.
 pub async fn serve(
-    listener: StdListener,
+    listener: UnixListener,
     status: Arc<Status>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    listener.set_nonblocking(true)?;
-    let listener = Limited {
-        listener: UnixListener::from_std(listener)?,
-        permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-    };
-    let router = Router::new().fallback(answer).with_state(status);
-    axum::serve(listener, router).with_graceful_shutdown(stop).await
+    let api = Api { status, opening: mount::Opening::default() };
+    let router = Router::new().fallback(answer).with_state(Arc::new(api));
+    axum::serve(Limited::new(listener)?, router).with_graceful_shutdown(stop).await
 }
 
 /// What goes wrong with a request: status and message.
@@ -55,9 +57,9 @@ struct ApiError(StatusCode, String);
 
 type Answer = Result<Response, ApiError>;
 
-async fn answer(Shared(status): Shared<Arc<Status>>, request: Request) -> Response {
+async fn answer(Shared(api): Shared<Arc<Api>>, request: Request) -> Response {
     let (method, uri) = (request.method().clone(), request.uri().clone());
-    let mut response = route(&status, request).await.unwrap_or_else(|ApiError(code, message)| {
+    let mut response = route(&api, request).await.unwrap_or_else(|ApiError(code, message)| {
         log::warn!("api: {method} {} failed: {message}", uri.path());
         #[derive(Serialize)]
         struct ErrorBody {
@@ -71,8 +73,16 @@ async fn answer(Shared(status): Shared<Arc<Status>>, request: Request) -> Respon
     response
 }
 
-/// Paths of nydusd that are known and have no meaning in this build.
-const UNSUPPORTED: [&str; 13] = [
+/// Paths that are known; other methods than those in [`route`] are refused.
+const PATHS: [&str; 17] = [
+    "/api/v1/daemon",
+    "/api/v2/daemon",
+    "/api/v1/daemon/exit",
+    "/api/v1/daemon/start",
+    "/api/v1/daemon/events",
+    "/api/v1/daemon/backend",
+    "/api/v1/daemon/fuse/sendfd",
+    "/api/v1/daemon/fuse/takeover",
     "/api/v1/mount",
     "/api/v1/config",
     "/api/v1/metrics",
@@ -81,18 +91,16 @@ const UNSUPPORTED: [&str; 13] = [
     "/api/v1/metrics/backend",
     "/api/v1/metrics/blobcache",
     "/api/v1/metrics/inflight",
-    "/api/v1/daemon/events",
-    "/api/v1/daemon/backend",
-    "/api/v1/daemon/fuse/sendfd",
-    "/api/v1/daemon/fuse/takeover",
     "/api/v2/blobs",
 ];
 
-async fn route(status: &Status, request: Request) -> Answer {
+async fn route(api: &Arc<Api>, request: Request) -> Answer {
     let (parts, body) = request.into_parts();
     let body = axum::body::to_bytes(body, MAX_BODY)
         .await
         .map_err(|e| bad_request(format!("body cannot be read, or is too long: {e}")))?;
+    let query = Query::new(parts.uri.query());
+    let status = &*api.status;
     let path = parts.uri.path();
     match (path, &parts.method) {
         ("/api/v1/daemon", &Method::GET) => info(status, true, &body),
@@ -100,12 +108,14 @@ async fn route(status: &Status, request: Request) -> Answer {
         ("/api/v1/daemon" | "/api/v2/daemon", &Method::PUT) => configure(&body),
         ("/api/v1/daemon/exit", &Method::PUT) => exit(status, &body),
         ("/api/v1/daemon/start", &Method::PUT) => start(status, &body),
-        (
-            "/api/v1/daemon" | "/api/v2/daemon" | "/api/v1/daemon/exit" | "/api/v1/daemon/start",
-            method,
-        ) => Err(bad_request(format!("BadRequest: {method} has no meaning for {path}"))),
-        _ if UNSUPPORTED.contains(&path) => {
-            Err(ApiError(StatusCode::NOT_IMPLEMENTED, format!("Unsupported: {path}")))
+        ("/api/v1/mount", &Method::POST) => mount::mount(api, &query, &body).await,
+        ("/api/v1/mount", &Method::PUT) => mount::remount(api, &query, &body).await,
+        ("/api/v1/mount", &Method::DELETE) => mount::unmount(status, &query, &body),
+        ("/api/v2/blobs", &Method::GET | &Method::PUT | &Method::DELETE) => {
+            Err(unsupported("only a daemon for the kernel's fscache has blob objects"))
+        }
+        _ if PATHS.contains(&path) => {
+            Err(bad_request(format!("BadRequest: {} has no meaning for {path}", parts.method)))
         }
         _ => Err(ApiError(StatusCode::NOT_FOUND, format!("NoRoute: {path}"))),
     }
@@ -121,12 +131,10 @@ fn configure(body: &Bytes) -> Answer {
     struct Change {
         log_level: String,
     }
-    let Change { log_level } = serde_json::from_slice(body)
-        .map_err(|e| bad_request(format!("ParseBody: line {} column {}", e.line(), e.column())))?;
-    let level = log_level.parse().map_err(|_| {
-        let message = "log_level: use off, error, warn, info, debug or trace".to_owned();
-        ApiError(StatusCode::INTERNAL_SERVER_ERROR, message)
-    })?;
+    let Change { log_level } = parse_body(body)?;
+    let level = log_level
+        .parse()
+        .map_err(|_| failed("log_level: use off, error, warn, info, debug or trace".to_owned()))?;
     log::set_max_level(level);
     log::info!("log level is now {level}");
     Ok(no_content())
@@ -143,8 +151,15 @@ fn start(status: &Status, body: &Bytes) -> Answer {
     no_body(body)?;
     match status.state() {
         State::Running => Err(bad_request("UnexpectedEvent: the daemon runs already".into())),
-        _ => Err(ApiError(StatusCode::SERVICE_UNAVAILABLE, "the daemon is not ready".into())),
+        _ => Err(not_ready()),
     }
+}
+
+/// A JSON body, whose content never shows up in an error: it may hold secrets.
+fn parse_body<T: DeserializeOwned>(body: &Bytes) -> Result<T, ApiError> {
+    serde_json::from_slice(body).map_err(|e| {
+        bad_request(format!("ParseBody: wrong at line {} column {}", e.line(), e.column()))
+    })
 }
 
 fn no_body(body: &Bytes) -> Result<(), ApiError> {
@@ -156,6 +171,19 @@ fn no_body(body: &Bytes) -> Result<(), ApiError> {
 
 fn bad_request(message: String) -> ApiError {
     ApiError(StatusCode::BAD_REQUEST, message)
+}
+
+/// What was asked for was understood and did not work.
+fn failed(message: String) -> ApiError {
+    ApiError(StatusCode::INTERNAL_SERVER_ERROR, message)
+}
+
+fn unsupported(reason: &str) -> ApiError {
+    ApiError(StatusCode::NOT_IMPLEMENTED, format!("Unsupported: {reason}"))
+}
+
+fn not_ready() -> ApiError {
+    ApiError(StatusCode::SERVICE_UNAVAILABLE, "the daemon is not ready".into())
 }
 
 fn no_content() -> Response {
@@ -170,60 +198,4 @@ fn json(code: StatusCode, value: &impl Serialize) -> Response {
     *response.status_mut() = code;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
-}
-
-/// A listener that accepts only while fewer than [`MAX_CONNECTIONS`] are open.
-struct Limited {
-    listener: UnixListener,
-    permits: Arc<Semaphore>,
-}
-
-/// A connection that counts while it is open.
-struct Counted {
-    stream: UnixStream,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Listener for Limited {
-    type Io = Counted;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Counted, SocketAddr) {
-        let permit = Arc::clone(&self.permits).acquire_owned().await;
-        let permit = permit.expect("the semaphore is never closed");
-        let (stream, addr) = Listener::accept(&mut self.listener).await;
-        (Counted { stream, _permit: permit }, addr)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-impl AsyncRead for Counted {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Counted {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
 }

@@ -1,0 +1,236 @@
+//! What is mounted, as the API changes it and tells of it.
+//!
+//! Opening an image may take as long as its disk takes, so it happens without any lock; a mount then
+//! takes effect at once or not at all. Nothing is registered that is not mounted, and the other way
+//! round.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use serde::Serialize;
+
+use super::DaemonError;
+use super::config::Config;
+use super::image::{Images, Source};
+use crate::fuse::{
+    AnyFs, MountError, MountPath, Mounts, PassthroughFs, PassthroughOptions, PathError,
+};
+
+/// One mounted file system, as the API shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct MountInfo {
+    pub backend_type: &'static str,
+    pub mountpoint: String,
+    #[serde(serialize_with = "time_text")]
+    pub mounted_time: SystemTime,
+    /// Version 2 document without secrets.
+    pub config: serde_json::Value,
+}
+
+/// What to mount.
+#[derive(Debug)]
+pub enum What {
+    /// A RAFS image.
+    Image {
+        bootstrap: PathBuf,
+        config: Box<Config>,
+        /// Paths in the image that should be fetched early.
+        prefetch_files: Vec<String>,
+    },
+    /// A directory of the host, which guests can write.
+    Directory(PathBuf),
+}
+
+/// Why something was not mounted or unmounted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChangeError {
+    #[error("mountpoint")]
+    Path(#[from] PathError),
+    #[error(transparent)]
+    Table(#[from] MountError),
+    #[error(transparent)]
+    Open(#[from] DaemonError),
+}
+
+/// Something that is open and not mounted yet.
+pub struct Prepared {
+    at: MountPath,
+    fs: AnyFs,
+    info: MountInfo,
+}
+
+/// Everything that is mounted.
+pub struct Mounted {
+    table: Arc<Mounts>,
+    images: Images,
+    entries: Mutex<BTreeMap<MountPath, MountInfo>>,
+}
+
+impl Mounted {
+    /// Nothing but an empty root.
+    pub fn new(images: Images) -> Mounted {
+        Mounted { table: Mounts::new(), images, entries: Mutex::default() }
+    }
+
+    /// The tree that guests see.
+    pub fn table(&self) -> &Arc<Mounts> {
+        &self.table
+    }
+
+    pub fn images(&self) -> &Images {
+        &self.images
+    }
+
+    /// Whether something could be mounted at `at` now.
+    ///
+    /// # Errors
+    ///
+    /// What is in the way.
+    pub fn check_free(&self, at: &str) -> Result<(), ChangeError> {
+        Ok(self.table.check_free(&MountPath::parse(at)?)?)
+    }
+
+    /// Whether something is mounted at `at` now.
+    ///
+    /// # Errors
+    ///
+    /// Nothing is.
+    pub fn check_mounted(&self, at: &str) -> Result<(), ChangeError> {
+        let at = MountPath::parse(at)?;
+        match self.lock().contains_key(&at) {
+            true => Ok(()),
+            false => Err(MountError::Missing { at }.into()),
+        }
+    }
+
+    /// Opens `what`, to be mounted at `at`. May wait for disks, so it belongs on a thread that may.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be opened.
+    pub fn prepare(&self, at: &str, what: What) -> Result<Prepared, ChangeError> {
+        let at = MountPath::parse(at)?;
+        let (fs, info) = self.open(&at, what)?;
+        Ok(Prepared { at, fs, info })
+    }
+
+    /// Mounts what was opened; returns at once.
+    ///
+    /// # Errors
+    ///
+    /// Something is in the way; nothing has changed then.
+    pub fn mount(&self, prepared: Prepared) -> Result<(), ChangeError> {
+        let Prepared { at, fs, info } = prepared;
+        let mut entries = self.lock();
+        self.table.mount(&at, fs)?;
+        entries.insert(at.clone(), info);
+        drop(entries);
+        log::info!("{at}: mounted");
+        Ok(())
+    }
+
+    /// Puts what was opened in the place of what is mounted there; returns at once.
+    ///
+    /// # Errors
+    ///
+    /// Nothing is mounted there any more; nothing has changed then.
+    pub fn remount(&self, prepared: Prepared) -> Result<(), ChangeError> {
+        let Prepared { at, fs, info } = prepared;
+        let mut entries = self.lock();
+        self.table.remount(&at, fs)?;
+        entries.insert(at.clone(), info);
+        drop(entries);
+        self.images.sweep();
+        log::info!("{at}: mounted anew");
+        Ok(())
+    }
+
+    /// Unmounts what is at `at`; returns at once.
+    ///
+    /// # Errors
+    ///
+    /// Nothing is mounted there.
+    pub fn unmount(&self, at: &str) -> Result<(), ChangeError> {
+        let at = MountPath::parse(at)?;
+        let mut entries = self.lock();
+        self.table.unmount(&at)?;
+        entries.remove(&at);
+        drop(entries);
+        self.images.sweep();
+        log::info!("{at}: unmounted");
+        Ok(())
+    }
+
+    /// All mounts, by mountpoint.
+    pub fn infos(&self) -> BTreeMap<String, MountInfo> {
+        let entries = self.lock();
+        entries.values().map(|info| (info.mountpoint.clone(), info.clone())).collect()
+    }
+
+    fn open(&self, at: &MountPath, what: What) -> Result<(AnyFs, MountInfo), DaemonError> {
+        let name = at.to_string();
+        match what {
+            What::Image { bootstrap, config, prefetch_files } => {
+                if !prefetch_files.is_empty() {
+                    log::info!("{at}: ignored: prefetch_files: prefetch is not in this build");
+                }
+                let config = *config;
+                config.check_paths()?;
+                let public = config.public();
+                let source = Source { bootstrap, config, name: name.clone() };
+                let fs = self.images.open(source)?;
+                let info = MountInfo {
+                    backend_type: "Rafs",
+                    mountpoint: name,
+                    mounted_time: SystemTime::now(),
+                    config: public,
+                };
+                Ok((fs.into(), info))
+            }
+            What::Directory(path) => {
+                let options = PassthroughOptions { name: name.clone(), ..Default::default() };
+                let fs = PassthroughFs::new(&path, options)?;
+                log::info!("{at}: directory {}", path.display());
+                let info = MountInfo {
+                    backend_type: "PassthroughFs",
+                    mountpoint: name,
+                    mounted_time: SystemTime::now(),
+                    config: serde_json::Value::Null,
+                };
+                Ok((fs.into(), info))
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<MountPath, MountInfo>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `2026-08-22 10:04:14.123456789 +00:00:00`: the form that nydusctl parses.
+fn time_text<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
+    let text = humantime::format_rfc3339_nanos(*time).to_string();
+    to.serialize_str(&text.replace('T', " ").replace('Z', " +00:00:00"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::*;
+
+    #[test]
+    fn times_have_the_form_that_nydusctl_reads() {
+        let info = MountInfo {
+            backend_type: "Rafs",
+            mountpoint: "/".into(),
+            mounted_time: UNIX_EPOCH + Duration::new(1_787_393_054, 123_456_789),
+            config: serde_json::Value::Null,
+        };
+        let info = serde_json::to_value(info).unwrap();
+        assert_eq!(info["mounted_time"], "2026-08-22 10:04:14.123456789 +00:00:00");
+    }
+}
