@@ -21,6 +21,7 @@ use std::path::PathBuf;
 
 use crate::blob::StoreError;
 use crate::device::DeviceError;
+use crate::fuse::PassthroughError;
 use crate::rafs::FormatError;
 
 /// An error with its causes, on one line.
@@ -53,6 +54,8 @@ pub enum DaemonError {
     Store(#[from] StoreError),
     #[error("device")]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Passthrough(#[from] PassthroughError),
     #[error("mounting {at}")]
     Mount { at: String, source: Box<mounted::ChangeError> },
 }

@@ -14,7 +14,9 @@ use serde::Serialize;
 use super::DaemonError;
 use super::config::Config;
 use super::image::{Images, Source};
-use crate::fuse::{AnyFs, MountError, MountPath, Mounts, PathError};
+use crate::fuse::{
+    AnyFs, MountError, MountPath, Mounts, PassthroughFs, PassthroughOptions, PathError,
+};
 
 /// One mounted file system, as the API shows it.
 #[derive(Clone, Debug, Serialize)]
@@ -37,6 +39,8 @@ pub enum What {
         /// Paths in the image that should be fetched early.
         prefetch_files: Vec<String>,
     },
+    /// A directory of the host, which guests can write.
+    Directory(PathBuf),
 }
 
 /// Why something was not mounted or unmounted.
@@ -183,6 +187,18 @@ impl Mounted {
                     mountpoint: name,
                     mounted_time: SystemTime::now(),
                     config: public,
+                };
+                Ok((fs.into(), info))
+            }
+            What::Directory(path) => {
+                let options = PassthroughOptions { name: name.clone(), ..Default::default() };
+                let fs = PassthroughFs::new(&path, options)?;
+                log::info!("{at}: directory {}", path.display());
+                let info = MountInfo {
+                    backend_type: "PassthroughFs",
+                    mountpoint: name,
+                    mounted_time: SystemTime::now(),
+                    config: serde_json::Value::Null,
                 };
                 Ok((fs.into(), info))
             }

@@ -13,6 +13,7 @@ mod known;
 mod listing;
 mod mount_path;
 mod mounts;
+mod passthrough;
 mod pseudo;
 mod rafs_fs;
 mod rafs_read;
@@ -25,6 +26,7 @@ mod zeros;
 
 pub use mount_path::{MountPath, PathError};
 pub use mounts::{AnyFs, MountError, Mounts};
+pub use passthrough::{Cache, PassthroughError, PassthroughFs, PassthroughOptions};
 pub use rafs_fs::{RafsFs, RafsOptions};
 pub use reply::Reply;
 pub use request::{Request, RequestError};
