@@ -115,7 +115,7 @@ fn open_parent(path: &Path, request: &Request) -> anyhow::Result<Parent> {
 }
 
 /// Refuses an image whose chunks cannot be shared.
-fn fits(image: &Image, name: &str, settings: Settings) -> Result<(), BuildError> {
+pub(super) fn fits(image: &Image, name: &str, settings: Settings) -> Result<(), BuildError> {
     let mismatch = |reason: String| BuildError::Mismatch { name: name.to_owned(), reason };
     let has = defaults_of(image);
     if has.chunk_size != settings.chunk_size {
@@ -190,11 +190,8 @@ fn tar(
         len = file.metadata().ok().filter(|m| m.is_file()).map(|m| m.len());
         Box::new(file)
     };
-    let progress = if io::stderr().is_terminal() {
-        bar(len.unwrap_or(0))
-    } else {
-        ProgressBar::hidden()
-    };
+    let progress =
+        if io::stderr().is_terminal() { bar(len.unwrap_or(0)) } else { ProgressBar::hidden() };
     let reader = progress.wrap_read(reader);
     let out = BufWriter::with_capacity(256 << 10, Output::create(request.blob.dir())?);
     let source = TarSource::new(reader, request.settings.chunk_size, request.whiteouts)?;
@@ -208,9 +205,8 @@ fn tar(
     let mut layer = source.finish().draft;
     layer.chunks = files;
     // A layer that is to be merged keeps what only the merge can resolve.
-    let is_layer = parent.is_none()
-        && request.whiteouts == WhiteoutSpec::None
-        && request.form != Form::Native;
+    let is_layer =
+        parent.is_none() && request.whiteouts == WhiteoutSpec::None && request.form != Form::Native;
     let (tree, files) = if is_layer {
         layer.into_tree(true)?
     } else {
@@ -288,11 +284,7 @@ fn finish(
 }
 
 /// Gives the blob its name.
-fn commit(
-    out: BufWriter<Output>,
-    request: &Request,
-    id: BlobId,
-) -> Result<PathBuf, BuildError> {
+fn commit(out: BufWriter<Output>, request: &Request, id: BlobId) -> Result<PathBuf, BuildError> {
     let path = request.blob.path(id);
     out.into_inner()
         .map_err(|e| BuildError::Output { path: path.clone(), source: e.into_error() })?

@@ -30,9 +30,7 @@ impl Dictionary {
         let mut by_content = HashMap::with_capacity(image.records.len());
         for record in &image.records {
             // Of two blobs that have a chunk the first is used.
-            by_content
-                .entry((record.digest, record.uncompressed_size.get()))
-                .or_insert(*record);
+            by_content.entry((record.digest, record.uncompressed_size.get())).or_insert(*record);
         }
         Dictionary { blobs: image.blobs.clone(), by_content }
     }

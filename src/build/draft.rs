@@ -90,7 +90,6 @@ pub struct Draft {
     files: usize,
 }
 
-
 impl Default for Draft {
     fn default() -> Draft {
         Draft::new()

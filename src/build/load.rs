@@ -38,7 +38,9 @@ impl Image {
             let known = info.is_some_and(|info| {
                 let (offset, len) = (record.uncompressed_offset.get(), record.uncompressed_size);
                 record.index.get() < info.chunk_count
-                    && offset.checked_add(len.get().into()).is_some_and(|end| end <= info.uncompressed_size)
+                    && offset
+                        .checked_add(len.get().into())
+                        .is_some_and(|end| end <= info.uncompressed_size)
                     && offset.is_multiple_of(crate::rafs::layout::BLOCK_SIZE)
                     && (1..=info.chunk_size).contains(&len.get())
             });
@@ -161,7 +163,8 @@ impl Blobs {
                 Some(known) if same_blob(known, blob) => {}
                 Some(_) => {
                     let id = String::from_utf8_lossy(&blob.blob_id).into_owned();
-                    let reason = format!("it describes blob {id} in another way than an earlier image");
+                    let reason =
+                        format!("it describes blob {id} in another way than an earlier image");
                     return Err(mismatch(name, reason));
                 }
             }

@@ -17,6 +17,7 @@ pub mod blob_file;
 pub mod check;
 pub mod chunker;
 pub mod compose;
+pub mod convert;
 pub mod create;
 pub mod dedup;
 pub mod dirent;

@@ -20,9 +20,7 @@ use super::error::BuildError;
 use super::pipeline::Settings;
 use crate::rafs::codec::Compressor;
 use crate::rafs::id::BlobId;
-use crate::rafs::layout::{
-    BlobEntry, BlobFeatures, ChunkRecord, TAR_MAGIC, TarHeader, TocEntry,
-};
+use crate::rafs::layout::{BlobEntry, BlobFeatures, ChunkRecord, TAR_MAGIC, TarHeader, TocEntry};
 use crate::rafs::toc::SectionKind;
 
 /// A packed blob that is complete.
@@ -52,8 +50,7 @@ pub fn finish<W: Write>(
     toc: bool,
     bootstrap: impl FnOnce(Vec<ChunkRecord>, Option<BlobEntry>) -> Result<Vec<u8>, BuildError>,
 ) -> Result<Packed<W>, BuildError> {
-    let mut features =
-        FEATURES | BlobFeatures::INLINED_FS_META | BlobFeatures::HAS_TAR_HEADER;
+    let mut features = FEATURES | BlobFeatures::INLINED_FS_META | BlobFeatures::HAS_TAR_HEADER;
     if toc {
         features |= BlobFeatures::HAS_TOC | BlobFeatures::INLINED_CHUNK_DIGEST;
     }

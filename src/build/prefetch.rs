@@ -124,9 +124,7 @@ mod tests {
             ("/b/../a\n/a/\n", &["a"], &["a", "b", "c", "d/c", "d/e/f"]),
         ];
         for (patterns, found, order) in cases {
-            let show = |id| {
-                tree.path(id).to_str().unwrap().to_owned()
-            };
+            let show = |id| tree.path(id).to_str().unwrap().to_owned();
             let first = Patterns::read(patterns.as_bytes()).unwrap().find(&tree);
             assert_eq!(first.iter().map(|&id| show(id)).collect::<Vec<_>>(), found, "{patterns:?}");
             let files = data_order(&tree, &first);

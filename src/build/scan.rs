@@ -64,7 +64,12 @@ impl Scanned {
         let root = open(path, flags, Mode::empty()).map_err(fail)?;
         let stat = fstat(&root).map_err(fail)?;
         let mut scan = Scan {
-            done: Scanned { tree: Tree::default(), path: path.to_owned(), root, sources: Vec::new() },
+            done: Scanned {
+                tree: Tree::default(),
+                path: path.to_owned(),
+                root,
+                sources: Vec::new(),
+            },
             links: HashMap::new(),
             whiteouts,
             marks,
@@ -215,9 +220,10 @@ impl Scan {
                 }
                 (Kind::Symlink(target.into()), true)
             }
-            FileType::CharacterDevice | FileType::BlockDevice => {
-                (Kind::Special { rdev: encode_rdev(major(stat.st_rdev), minor(stat.st_rdev)) }, true)
-            }
+            FileType::CharacterDevice | FileType::BlockDevice => (
+                Kind::Special { rdev: encode_rdev(major(stat.st_rdev), minor(stat.st_rdev)) },
+                true,
+            ),
             FileType::Fifo | FileType::Socket => (Kind::Special { rdev: 0 }, true),
             FileType::Unknown => {
                 return Err(BuildError::Unsupported {

@@ -28,8 +28,7 @@ use crate::rafs::layout::{
     BLOCK_BITS, BLOCK_SIZE, BlobEntry, BlobFeatures, CHUNK_FORMAT_INDEXES, COMPAT_RAFS_V6,
     ChunkAddr, ChunkRecord, DEVICE_SLOT_OFFSET, DEVICE_TABLE_OFFSET, DeviceSlot, EROFS_MAGIC,
     EXT_SUPER_OFFSET, ExtSuperBlock, INCOMPAT_RAFS_V6, ImageFlags, InodeExtended,
-    LAYOUT_CHUNK_BASED, LAYOUT_FLAT_INLINE, LAYOUT_FLAT_PLAIN, MAX_BLOBS, SUPER_OFFSET,
-    SuperBlock,
+    LAYOUT_CHUNK_BASED, LAYOUT_FLAT_INLINE, LAYOUT_FLAT_PLAIN, MAX_BLOBS, SUPER_OFFSET, SuperBlock,
 };
 
 /// Blobs follow the metadata in one address space from multiples of this many bytes on.

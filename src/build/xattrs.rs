@@ -36,7 +36,9 @@ impl Xattr {
             )
         })?;
         if full_name.len() > 255 || full_name.contains(&0) {
-            return Err(format!("the name of the extended attribute {shown} is too long or has a NUL in it"));
+            return Err(format!(
+                "the name of the extended attribute {shown} is too long or has a NUL in it"
+            ));
         }
         if value.len() > VALUE_MAX {
             return Err(format!(

@@ -10,9 +10,7 @@ use indicatif::{MultiProgress, ProgressDrawTarget};
 
 use super::dictionary::{Dictionary, Place};
 use super::{Context, convert};
-use crate::build::create::{
-    CompressorName, DigesterName, parse_chunk_size, parse_fs_version,
-};
+use crate::build::create::{CompressorName, DigesterName, parse_chunk_size, parse_fs_version};
 use crate::build::pipeline::Settings;
 use crate::build::prefetch::Patterns;
 use crate::oci::http::HttpOptions;

@@ -34,7 +34,8 @@ impl FromStr for Place {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Place, String> {
-        let file = text.strip_prefix("bootstrap=").or_else(|| text.strip_prefix("bootstrap:local:"));
+        let file =
+            text.strip_prefix("bootstrap=").or_else(|| text.strip_prefix("bootstrap:local:"));
         if let Some(file) = file.filter(|f| !f.is_empty()) {
             return Ok(Place::File(file.into()));
         }
@@ -107,7 +108,9 @@ impl Dictionary {
             Blobs::Image(source, manifest) => {
                 let layer = manifest.layers.iter().find(|layer| layer.digest == digest);
                 let Some(layer) = layer else {
-                    bail!("blob {digest} of the dictionary is no layer of its image, nor in the target");
+                    bail!(
+                        "blob {digest} of the dictionary is no layer of its image, nor in the target"
+                    );
                 };
                 copy::blob(source, target, layer).await?;
                 layer.size
@@ -148,7 +151,10 @@ async fn from_image(reference: &Reference, access: &Access) -> Result<(Vec<u8>, 
     }
     found.retain(is_rafs);
     let [manifest] = &mut found[..] else {
-        bail!("{reference} has {} RAFS images, a dictionary is one: name it by its digest", found.len());
+        bail!(
+            "{reference} has {} RAFS images, a dictionary is one: name it by its digest",
+            found.len()
+        );
     };
     let layer = manifest.layers.last().expect("a RAFS image has a layer").clone();
     let bytes = source.small_blob(&layer, MAX_BOOTSTRAP).await?;

@@ -236,7 +236,8 @@ mod tests {
             (r#"{"rootfs":{},"history":null}"#, json!(null)),
             (r#"{"rootfs":{},"history":[]}"#, json!([])),
         ] {
-            let changed: Value = serde_json::from_slice(&config(text.as_bytes(), &[]).unwrap()).unwrap();
+            let changed: Value =
+                serde_json::from_slice(&config(text.as_bytes(), &[]).unwrap()).unwrap();
             assert_eq!(changed["history"], history);
         }
         assert!(diff_ids(br#"{"rootfs":{"diff_ids":null}}"#).unwrap().is_empty());

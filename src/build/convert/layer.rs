@@ -66,8 +66,16 @@ pub async fn convert(context: &Context, source: &Descriptor, bars: &Bars) -> Res
         let begun = Instant::now();
         let failed = match once(context, source, bars.clone()).await {
             Ok(packed) => {
-                let PackedLayer { id, size, diff_id, tar_size, compression, bootstrap, meta, counts } =
-                    packed;
+                let PackedLayer {
+                    id,
+                    size,
+                    diff_id,
+                    tar_size,
+                    compression,
+                    bootstrap,
+                    meta,
+                    counts,
+                } = packed;
                 let digest = format!("sha256:{id}").parse().expect("an id of 64 digits");
                 let diff_id = Digest::from_sha256(diff_id);
                 let packed = Some(Packing { diff_id, tar_size, compression, counts });

@@ -184,7 +184,8 @@ async fn all_layers(
                     let own = bars.insert_before(&total, ProgressBar::new(source.size));
                     own.set_style(style("{prefix:12} {wide_bar} {bytes} of {total_bytes}"));
                     own.set_prefix(source.digest.short().to_owned());
-                    let layer = layer::convert(context, source, &Bars { own: own.clone(), total }).await;
+                    let layer =
+                        layer::convert(context, source, &Bars { own: own.clone(), total }).await;
                     own.finish_and_clear();
                     layer?
                 }
@@ -262,10 +263,8 @@ async fn one_image(
         descriptors.push(image::blob_layer(&digest, size, None));
     }
     // An image may have a layer twice.
-    let metas: BTreeMap<&str, &[u8]> = own
-        .iter()
-        .filter_map(|layer| Some((layer.digest.hex(), layer.meta.as_deref()?)))
-        .collect();
+    let metas: BTreeMap<&str, &[u8]> =
+        own.iter().filter_map(|layer| Some((layer.digest.hex(), layer.meta.as_deref()?))).collect();
     let mut listed = HashSet::new();
     let metas: Vec<(&str, &[u8])> = own
         .iter()
@@ -324,7 +323,8 @@ async fn merged(context: &Context, own: &[&Layer]) -> Result<merge::Merged> {
             let empty = pack(std::io::empty(), context.settings, None, std::io::sink(), &hidden)?;
             layers.push((empty.bootstrap, empty.id, "an empty layer".to_owned()));
         }
-        let layers = layers.into_iter().map(|(bytes, id, name)| merge::Layer::from_bytes(bytes, id, &name));
+        let layers =
+            layers.into_iter().map(|(bytes, id, name)| merge::Layer::from_bytes(bytes, id, &name));
         let layers = layers.collect::<Result<Vec<_>, _>>()?;
         let options = merge::Options {
             whiteouts: WhiteoutSpec::Oci,

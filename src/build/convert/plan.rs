@@ -165,8 +165,12 @@ fn classify(descriptor: &Descriptor, manifest: &Manifest) -> Result<Kind> {
             Ok(Kind::Other(format!("its layers are {}, not of a file system", layer.media_type)))
         }
         Some(layer) => {
-            bail!("layer {} of manifest {} cannot be read: its media type is {}",
-                layer.digest, descriptor.digest, layer.media_type)
+            bail!(
+                "layer {} of manifest {} cannot be read: its media type is {}",
+                layer.digest,
+                descriptor.digest,
+                layer.media_type
+            )
         }
     }
 }

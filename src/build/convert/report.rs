@@ -130,7 +130,13 @@ pub fn layer(source: &Descriptor, layer: &Layer) -> LayerReport {
 
 impl Report {
     /// Adds what is known at the end.
-    pub fn finish(&mut self, source: &Descriptor, target: &Descriptor, stages: Stages, layers: &Layers) {
+    pub fn finish(
+        &mut self,
+        source: &Descriptor,
+        target: &Descriptor,
+        stages: Stages,
+        layers: &Layers,
+    ) {
         self.version = env!("CARGO_PKG_VERSION");
         self.fs_version = "6";
         self.source_digest = source.digest.to_string();
@@ -168,14 +174,23 @@ impl Report {
         writeln!(out, "digest     {}", self.target_digest)?;
         for image in &self.images {
             let Converted { platform, paths, files, file_bytes, .. } = image;
-            writeln!(out, "image      {platform}: {paths} paths, of them {files} files, {}", size(*file_bytes))?;
+            writeln!(
+                out,
+                "image      {platform}: {paths} paths, of them {files} files, {}",
+                size(*file_bytes)
+            )?;
         }
         for digest in &self.copied {
             writeln!(out, "copied     {digest}")?;
         }
         let (layers, reused) = (totals.layers, totals.reused_layers);
         writeln!(out, "layers     {layers}, of them {reused} reused")?;
-        writeln!(out, "data       {} became {}", size(totals.source_bytes), size(totals.blob_bytes))?;
+        writeln!(
+            out,
+            "data       {} became {}",
+            size(totals.source_bytes),
+            size(totals.blob_bytes)
+        )?;
         if totals.file_bytes > 0 {
             writeln!(out, "dedup      {:.1} % of converted bytes", 100.0 * totals.dedup_ratio)?;
         }

@@ -129,7 +129,9 @@ async fn names(target: &Target) -> VecDeque<Name> {
             let own = repository.name().tag.clone();
             let mut tags: VecDeque<String> = own.iter().cloned().collect();
             match repository.tags(MAX_LOOKS).await {
-                Ok(others) => tags.extend(others.into_iter().filter(|tag| Some(tag) != own.as_ref())),
+                Ok(others) => {
+                    tags.extend(others.into_iter().filter(|tag| Some(tag) != own.as_ref()))
+                }
                 Err(e) => log::debug!("reuse: {e}"),
             }
             tags.into_iter().map(Name::Tag).collect()
@@ -166,7 +168,8 @@ fn read(remote: &RemoteBlob) -> Result<(Vec<u8>, Option<Vec<u8>>)> {
         bail!("it has no table of contents");
     }
     let bootstrap = packed.bootstrap(remote)?;
-    let sections = (packed.section(SectionKind::BlobMeta), packed.section(SectionKind::BlobMetaHeader));
+    let sections =
+        (packed.section(SectionKind::BlobMeta), packed.section(SectionKind::BlobMetaHeader));
     let meta = match sections {
         (Some(table), Some(header)) => {
             let mut meta = table.content(remote, MAX_META)?;

@@ -3,7 +3,8 @@
 /// Accepts a header whose checksum is the sum of its bytes, as unsigned or, as some old programs
 /// wrote it, as signed numbers.
 pub fn check_sum(header: &::tar::Header) -> Result<(), String> {
-    let want = number(&header.as_old().cksum, "checksum").map_err(|_| "no tar header".to_owned())?;
+    let want =
+        number(&header.as_old().cksum, "checksum").map_err(|_| "no tar header".to_owned())?;
     let (mut unsigned, mut signed) = (0_u64, 0_i64);
     for (at, &byte) in header.as_bytes().iter().enumerate() {
         let byte = if (148..156).contains(&at) { b' ' } else { byte };

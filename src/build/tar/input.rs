@@ -60,10 +60,13 @@ impl<'r> Input<'r> {
         let reader = BufReader::with_capacity(128 << 10, io::Cursor::new(head).chain(reader));
         let stream: Box<dyn Read + Send + 'r> = match compression {
             Compression::Plain => Box::new(reader),
-            Compression::Gzip => {
-                Box::new(BufReader::with_capacity(64 << 10, flate2::bufread::MultiGzDecoder::new(reader)))
+            Compression::Gzip => Box::new(BufReader::with_capacity(
+                64 << 10,
+                flate2::bufread::MultiGzDecoder::new(reader),
+            )),
+            Compression::Zstd => {
+                Box::new(BufReader::with_capacity(64 << 10, zstd_stream(reader).map_err(fail)?))
             }
-            Compression::Zstd => Box::new(BufReader::with_capacity(64 << 10, zstd_stream(reader).map_err(fail)?)),
         };
         Ok(Input { stream, compression, hash: Sha256::new(), len: 0 })
     }
@@ -126,7 +129,12 @@ mod tests {
             ("gzip", gzip(b"gz"), Compression::Gzip, b"gz"),
             ("two members", [gzip(b"one"), gzip(b"two")].concat(), Compression::Gzip, b"onetwo"),
             ("zstd", zstd(b"zs"), Compression::Zstd, b"zs"),
-            ("two frames", [zstd(b"1"), skip.clone(), zstd(b"2")].concat(), Compression::Zstd, b"12"),
+            (
+                "two frames",
+                [zstd(b"1"), skip.clone(), zstd(b"2")].concat(),
+                Compression::Zstd,
+                b"12",
+            ),
             ("skippable frame first", [skip, zstd(b"x")].concat(), Compression::Zstd, b"x"),
         ];
         for (what, bytes, compression, content) in cases {

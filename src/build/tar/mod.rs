@@ -240,7 +240,10 @@ impl<R: Read> TarReader<R> {
             b'M' => return Err(named("a part of a multi-volume archive".to_owned())),
             other => {
                 let shown = [other];
-                return Err(named(format!("unknown type of entry {:?}", shown.escape_ascii().to_string())));
+                return Err(named(format!(
+                    "unknown type of entry {:?}",
+                    shown.escape_ascii().to_string()
+                )));
             }
         };
         let mode = header::number(&old.mode, "mode").map_err(named)? & 0o7777;

@@ -120,7 +120,10 @@ fn pax_records_replace_the_fields() {
 fn gnu_long_names_and_links() {
     let (long, target) = ("n".repeat(200) + "/x", "t".repeat(300));
     let bytes = [
-        entry(header(b'L', b"././@LongLink", long.len() as u64 + 1), (long.clone() + "\0").as_bytes()),
+        entry(
+            header(b'L', b"././@LongLink", long.len() as u64 + 1),
+            (long.clone() + "\0").as_bytes(),
+        ),
         entry(header(b'K', b"././@LongLink", target.len() as u64), target.as_bytes()),
         entry(header(b'2', b"short", 0), b""),
     ]
@@ -143,7 +146,11 @@ fn names_are_confined_to_the_root() {
         (".wh..wh..opq", ".wh..wh..opq"),
     ];
     for (name, path) in cases {
-        assert_eq!(one(&entry(header(b'5', name.as_bytes(), 0), b"")).0.path, parts(path), "{name}");
+        assert_eq!(
+            one(&entry(header(b'5', name.as_bytes(), 0), b"")).0.path,
+            parts(path),
+            "{name}"
+        );
     }
     for name in ["..", "../a", "a/..", "a/../b", "/.."] {
         let error = read(&file(name, b"")).unwrap_err().to_string();
@@ -152,7 +159,10 @@ fn names_are_confined_to_the_root() {
         link.set_link_name_literal(name).unwrap();
         assert!(read(&entry(link, b"")).is_err(), "hard link to {name}");
     }
-    assert!(read(&pax(&[("path", b"a\0b")]).into_iter().chain(file("x", b"")).collect::<Vec<_>>()).is_err());
+    assert!(
+        read(&pax(&[("path", b"a\0b")]).into_iter().chain(file("x", b"")).collect::<Vec<_>>())
+            .is_err()
+    );
     let long = [pax(&[("path", &[b'n'; 256])]), file("x", b"")].concat();
     assert!(read(&long).unwrap_err().to_string().contains("256"));
 }
