@@ -52,6 +52,7 @@ pub struct Chunks<'d> {
     /// Chunks of the dictionary in use, and where.
     from_dictionary: HashMap<Content, ChunkAddr>,
     others: Vec<ChunkRecord>,
+    parent_blobs: Vec<BlobEntry>,
     blobs: Vec<Slot>,
     /// End of the own uncompressed blob in bytes, a multiple of the block size.
     end: u64,
@@ -62,7 +63,8 @@ pub struct Chunks<'d> {
 /// A blob that chunks in use are in.
 #[derive(Debug)]
 enum Slot {
-    Other(BlobEntry),
+    /// That of the parent at this position.
+    Parent(usize),
     /// That of the dictionary at this position.
     Dictionary(usize),
     Own,
@@ -82,7 +84,8 @@ impl<'d> Chunks<'d> {
     pub fn new(dictionary: Option<&'d Dictionary>, parent: Option<&Image>) -> Chunks<'d> {
         let mut chunks = Chunks { dictionary, ..Chunks::default() };
         let Some(parent) = parent else { return chunks };
-        chunks.blobs = parent.blobs.iter().map(|&blob| Slot::Other(blob)).collect();
+        chunks.parent_blobs.clone_from(&parent.blobs);
+        chunks.blobs = (0..parent.blobs.len()).map(Slot::Parent).collect();
         chunks.others.clone_from(&parent.records);
         for record in &parent.records {
             let content = (record.digest, record.uncompressed_size.get());
@@ -157,9 +160,10 @@ impl<'d> Chunks<'d> {
         let at = record.blob_index.get() as usize;
         let blob = self.dictionary.expect("the record is from there").blobs[at];
         // A parent may have been built with the same dictionary.
+        let known = self.parent_blobs.iter().position(|other| other.blob_id == blob.blob_id);
         let is_it = |slot: &Slot| match slot {
             Slot::Dictionary(other) => *other == at,
-            Slot::Other(other) => other.blob_id == blob.blob_id,
+            Slot::Parent(other) => Some(*other) == known,
             Slot::Own => false,
         };
         let device = self.slot(is_it, || Slot::Dictionary(at))?;
@@ -206,7 +210,7 @@ impl<'d> Chunks<'d> {
             self.own.iter_mut().for_each(|record| record.blob_index = index);
         }
         let blobs = self.blobs.into_iter().map(|slot| match slot {
-            Slot::Other(entry) => entry,
+            Slot::Parent(at) => self.parent_blobs[at],
             Slot::Dictionary(at) => self.dictionary.expect("it is in use").blobs[at],
             Slot::Own => own.expect("it has chunks"),
         });

@@ -25,7 +25,9 @@ pub use input::{Compression, Input};
 use pax::Pax;
 use sparse::Segment;
 
-const BLOCK: u64 = 512;
+/// Bytes of a header; what an entry stores is padded to a multiple of it.
+const BLOCK: usize = 512;
+const BLOCK_LEN: u64 = BLOCK as u64;
 /// Most bytes of the extension headers of one entry.
 const EXTENSIONS_MAX: u64 = 1 << 20;
 
@@ -280,7 +282,7 @@ impl<R: Read> TarReader<R> {
                 return Err(named(format!("size {stored}")));
             }
             self.stored = stored;
-            self.padding = stored.next_multiple_of(BLOCK) - stored;
+            self.padding = stored.next_multiple_of(BLOCK_LEN) - stored;
         }
         if let EntryKind::File { size } = &mut entry.kind {
             *size = self.map(header, &pax).map_err(|e| match e {
@@ -326,11 +328,11 @@ impl<R: Read> TarReader<R> {
     fn map_in_data(&mut self) -> Result<sparse::Map, MapError> {
         let mut numbers = sparse::Lines::default();
         loop {
-            let mut block = [0; BLOCK as usize];
-            if self.stored < BLOCK {
+            let mut block = [0; BLOCK];
+            if self.stored < BLOCK_LEN {
                 return Err(MapError::Reason("a sparse file whose map has no end".to_owned()));
             }
-            self.stored -= BLOCK;
+            self.stored -= BLOCK_LEN;
             self.fill(&mut block)?;
             if let Some(map) = numbers.add(&block)? {
                 return Ok(map);
@@ -387,8 +389,8 @@ impl<R: Read> TarReader<R> {
     }
 
     /// The next header; `None` at the end of the archive.
-    fn header_block(&mut self) -> Result<Option<[u8; BLOCK as usize]>, BuildError> {
-        let mut block = [0; BLOCK as usize];
+    fn header_block(&mut self) -> Result<Option<[u8; BLOCK]>, BuildError> {
+        let mut block = [0; BLOCK];
         let mut zeros = false;
         loop {
             let at = self.offset;
@@ -414,7 +416,7 @@ impl<R: Read> TarReader<R> {
     fn extension(&mut self, size: u64) -> Result<Vec<u8>, BuildError> {
         let mut body = vec![0; usize::try_from(size).expect("checked before")];
         self.fill(&mut body)?;
-        self.skip(size.next_multiple_of(BLOCK) - size)?;
+        self.skip(size.next_multiple_of(BLOCK_LEN) - size)?;
         Ok(body)
     }
 
