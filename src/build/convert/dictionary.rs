@@ -64,7 +64,7 @@ enum Blobs {
     /// In the directory of the bootstrap or in `blobs` there, if not in the target.
     Files(PathBuf),
     /// Layers of this image.
-    Image(Source, Manifest),
+    Image(Source, Box<Manifest>),
 }
 
 impl Dictionary {
@@ -159,7 +159,7 @@ async fn from_image(reference: &Reference, access: &Access) -> Result<(Vec<u8>, 
     let layer = manifest.layers.last().expect("a RAFS image has a layer").clone();
     let bytes = source.small_blob(&layer, MAX_BOOTSTRAP).await?;
     let bootstrap = unpack(&bytes, &layer).with_context(|| format!("bootstrap of {reference}"))?;
-    let manifest = manifest.clone();
+    let manifest = Box::new(manifest.clone());
     Ok((bootstrap, Blobs::Image(source, manifest)))
 }
 

@@ -33,7 +33,7 @@ pub struct Image {
 #[derive(Debug)]
 pub enum Entry {
     Convert(Box<Image>),
-    Copy(Stored),
+    Copy(Box<Stored>),
 }
 
 /// All that is to be done.
@@ -101,7 +101,7 @@ impl Plan {
                 }
                 (Kind::Other(reason), _) => {
                     log::info!("{what} is copied as it is: {reason}");
-                    entries.push(Entry::Copy(stored));
+                    entries.push(Entry::Copy(Box::new(stored)));
                     continue;
                 }
                 (Kind::Image, None) => unreachable!("an index is no image"),
@@ -111,7 +111,7 @@ impl Plan {
                     entries.push(Entry::Convert(Box::new(image)));
                 } else {
                     log::warn!("{what} is copied as it is: it is for {}", image.platform);
-                    entries.push(Entry::Copy(stored));
+                    entries.push(Entry::Copy(Box::new(stored)));
                 }
             } else {
                 dropped.insert(descriptor.digest.to_string());

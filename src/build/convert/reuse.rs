@@ -105,7 +105,7 @@ fn take(
 /// A manifest to look at.
 enum Name {
     Tag(String),
-    Descriptor(Descriptor),
+    Descriptor(Box<Descriptor>),
 }
 
 impl Name {
@@ -139,9 +139,9 @@ async fn names(target: &Target) -> VecDeque<Name> {
         Target::Layout(layout, tag) => {
             let mut names = VecDeque::new();
             let own = layout.resolve(tag.as_deref()).ok().flatten();
-            names.extend(own.map(Name::Descriptor));
+            names.extend(own.map(Box::new).map(Name::Descriptor));
             if let Ok(index) = layout.index() {
-                names.extend(index.manifests.into_iter().rev().map(Name::Descriptor));
+                names.extend(index.manifests.into_iter().rev().map(Box::new).map(Name::Descriptor));
             }
             names
         }
