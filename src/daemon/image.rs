@@ -12,10 +12,13 @@ use tokio::runtime::Handle;
 
 use super::DaemonError;
 use super::config::{BackendConfig, Config};
-use crate::backend::{Backend, LocalFs};
+use crate::backend::{Backend, LocalFs, Outage, Remote};
 use crate::blob::{Store, StoreConfig};
 use crate::fuse::{RafsFs, RafsOptions};
 use crate::rafs::Bootstrap;
+
+/// How long a read waits that is told to wait for as long as it takes.
+const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// What an image is made of.
 #[derive(Debug)]
@@ -65,15 +68,18 @@ impl Images {
         let bad = |source| DaemonError::Bootstrap { path: path.clone(), source };
         let bootstrap = Bootstrap::open(&path).map_err(bad)?;
         let store = self.store(&config.work_dir)?;
-        let backend = backend(&config.backend, &self.runtime);
+        let backend = self.backend(&config.backend)?;
         let blobs = bootstrap
             .blobs()
             .iter()
             .map(|blob| store.open_blob(&bootstrap, blob.index, Arc::clone(&backend)))
             .collect::<Result<Vec<_>, _>>()?;
         describe(&name, &path, &bootstrap, backend.name(), &config, begin);
-        let options =
-            RafsOptions { name, read_timeout: self.read_timeout, ..RafsOptions::default() };
+        let read_timeout = match backend.outage() {
+            Outage::Wait => FOREVER,
+            Outage::Deadline | Outage::Fail { .. } => self.read_timeout,
+        };
+        let options = RafsOptions { name, read_timeout, ..RafsOptions::default() };
         Ok(RafsFs::new(bootstrap, blobs, options))
     }
 
@@ -100,6 +106,19 @@ impl Images {
         });
     }
 
+    fn backend(&self, config: &BackendConfig) -> Result<Arc<dyn Backend>, DaemonError> {
+        let runtime = self.runtime.clone();
+        Ok(match config {
+            BackendConfig::LocalFs(localfs) => Arc::new(LocalFs::new(localfs.clone(), runtime)),
+            BackendConfig::Oci(dir) => Arc::new(LocalFs::oci_layout(dir, runtime)),
+            BackendConfig::LocalDisk(disk) => Arc::new(LocalFs::disk(disk.clone(), runtime)),
+            BackendConfig::Remote(remote) => {
+                let remote = Remote::new(*remote.clone(), self.read_timeout);
+                Arc::new(remote.map_err(|source| DaemonError::Backend { source })?)
+            }
+        })
+    }
+
     fn store(&self, work_dir: &Path) -> Result<Arc<Store>, DaemonError> {
         // Two names of one directory give two stores: they then deal with each other as two
         // processes would.
@@ -119,12 +138,6 @@ impl Images {
 
     fn lock(&self) -> MutexGuard<'_, Caches> {
         self.caches.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn backend(config: &BackendConfig, runtime: &Handle) -> Arc<dyn Backend> {
-    match config {
-        BackendConfig::LocalFs(localfs) => Arc::new(LocalFs::new(localfs.clone(), runtime.clone())),
     }
 }
 
