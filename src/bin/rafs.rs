@@ -26,7 +26,7 @@ enum Command {
     Convert(Box<build::convert::cli::Args>),
     Merge(build::merge_cli::Args),
     Inspect(build::inspect::Args),
-    Check(build::check::Args),
+    Check(Box<build::check::Args>),
 }
 
 fn main() -> ExitCode {
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => build::convert::cli::run(*args),
         Command::Merge(args) => build::merge_cli::run(args),
         Command::Inspect(args) => build::inspect::run(args),
-        Command::Check(args) => build::check::run(args),
+        Command::Check(args) => build::check::run(*args),
     };
     result.unwrap_or_else(|e| {
         if let Some(usage) = e.downcast_ref::<clap::Error>() {
