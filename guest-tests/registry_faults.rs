@@ -135,12 +135,16 @@ fn faults_that_come_and_go_under_load_never_give_wrong_bytes() {
             let mut rng = Rng::new(7);
             let mut choose = || {
                 let pick = support::to_usize(rng.next() % (2 * FAULTS.len() as u64));
-                FAULTS.get(pick).map_or(Fault::None, |(fault, ..)| *fault)
+                match FAULTS.get(pick) {
+                    // For a while a mirror would not be asked again.
+                    None | Some((Fault::Status(404), ..)) => Fault::None,
+                    Some((fault, ..)) => *fault,
+                }
             };
             while !stop.load(Ordering::Relaxed) {
-                registry.set_next(choose(), 5);
-                other.set_next(choose(), 5);
-                std::thread::sleep(Duration::from_millis(40));
+                registry.set(choose());
+                other.set(choose());
+                std::thread::sleep(Duration::from_millis(10));
             }
         });
         let mut waiting = HashMap::new();
@@ -170,12 +174,9 @@ fn faults_that_come_and_go_under_load_never_give_wrong_bytes() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    let seen = [registry.seen(), other.seen()].concat();
-    let bad = seen.iter().filter(|seen| !matches!(seen.status, 200 | 206)).count();
-    say(format!(
-        "{right} reads right, {failed} failed with EIO; {bad} answers were errors or none"
-    ));
-    assert!(bad > 20, "faults were met: {bad}");
+    let met = registry.faults_met() + other.faults_met();
+    say(format!("{right} reads right, {failed} failed with EIO; {met} requests met a fault"));
+    assert!(met > 50, "faults were met: {met}");
     assert!(right > READS / 2, "most reads find a source that is well: {right}");
     registry.set(Fault::None);
     other.set(Fault::None);
