@@ -16,9 +16,11 @@ use crate::rafs::id::BlobId;
 
 pub mod error;
 pub mod localfs;
+pub mod meter;
 
 pub use error::{BackendCause, BackendError};
 pub use localfs::{LocalFs, LocalFsConfig};
+pub use meter::{Metered, ReadTotals};
 
 /// The bytes of one read, in order, in pieces of any size but zero. Ends behind the last byte
 /// asked for, or with an error; a stream that ends early is [`BackendError::ShortRead`].

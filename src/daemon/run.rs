@@ -92,7 +92,7 @@ fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
     let images = Images::new(runtime.handle().clone(), options.read_timeout, options.workers);
     let (id, supervisor) = (options.id.clone(), options.supervisor.clone());
     let mounted = Arc::new(Mounted::new(images));
-    let status = Arc::new(Status::new(id, supervisor, mounted, stop));
+    let status = Arc::new(Status::new(id, supervisor, mounted, Arc::clone(log.events()), stop));
     signal::stop_on_signals(Arc::clone(&status)).map_err(system("signal handlers"))?;
     for (flag, reason) in &options.ignored {
         log::info!("ignored: {flag}: {reason}");
@@ -188,6 +188,7 @@ fn start(context: &Arc<Context>) -> Result<Running, DaemonError> {
     let config = DeviceConfig { tag: options.tag.clone(), request_queues: options.request_queues };
     let mounts = Arc::clone(status.mounted().table());
     let device = Device::new(config, mounts, runtime.handle().clone())?;
+    status.set_device(device.counters());
     status.set_state(State::Ready);
     let serving = Arc::clone(context);
     spawn("vhost-user", move || {

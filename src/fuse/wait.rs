@@ -22,6 +22,11 @@ impl Wait {
         Wait(work.boxed())
     }
 
+    /// The same wait of a request that came at `since`.
+    pub(super) fn of_request(self, since: Instant) -> Wait {
+        Wait::new(self.0.map(move |pins| Pins { since: Some(since), ..pins }))
+    }
+
     /// Does the work; must be polled inside a tokio runtime.
     pub fn ready(self) -> impl Future<Output = Pins> + Send + 'static {
         self.0
@@ -39,6 +44,8 @@ impl fmt::Debug for Wait {
 pub struct Pins {
     /// When the request has waited long enough; set by its first wait for chunks.
     pub(super) deadline: Option<Instant>,
+    /// When the request came.
+    pub(super) since: Option<Instant>,
     /// Waits so far.
     pub(super) rounds: u32,
     /// What became of chunks that are not in the cache now, sorted by their position in the file.
