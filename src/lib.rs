@@ -2,7 +2,7 @@
 //!
 //! A read walks down the rooms in this order and its answer walks back up:
 //! `device` (virtqueues), `fuse` (operations), `rafs` (the format), `blob` (the chunks),
-//! `backend` (the bytes). `build` is the image tool, `daemon` wires the rest together.
+//! `backend` (the bytes), `oci` (registries). `build` is the image tool, `daemon` wires the rest together.
 
 pub mod backend;
 pub mod blob;
@@ -10,6 +10,7 @@ pub mod build;
 pub mod daemon;
 pub mod device;
 pub mod fuse;
+pub mod oci;
 pub mod rafs;
 
 #[cfg(test)]

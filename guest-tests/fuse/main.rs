@@ -7,4 +7,5 @@ mod guest;
 mod hostile;
 mod listing;
 mod mounts;
+mod passthrough;
 mod session;

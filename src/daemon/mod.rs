@@ -23,6 +23,7 @@ use std::path::PathBuf;
 
 use crate::blob::StoreError;
 use crate::device::DeviceError;
+use crate::fuse::PassthroughError;
 use crate::rafs::FormatError;
 
 /// An error with its causes, on one line.
@@ -55,6 +56,8 @@ pub enum DaemonError {
     Store(#[from] StoreError),
     #[error("device")]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Passthrough(#[from] PassthroughError),
     #[error("mounting {at}")]
     Mount { at: String, source: Box<mounted::ChangeError> },
 }

@@ -15,7 +15,9 @@ use super::DaemonError;
 use super::config::Config;
 use super::image::{Image, ImageParts, Images, Source};
 use crate::backend::Backend;
-use crate::fuse::{AnyFs, MountError, MountPath, Mounts, PathError};
+use crate::fuse::{
+    AnyFs, MountError, MountPath, Mounts, PassthroughFs, PassthroughOptions, PathError,
+};
 
 /// One mounted file system, as the API shows it.
 #[derive(Clone, Debug, Serialize)]
@@ -38,6 +40,8 @@ pub enum What {
         /// Paths in the image that should be fetched early.
         prefetch_files: Vec<String>,
     },
+    /// A directory of the host, which guests can write.
+    Directory(PathBuf),
 }
 
 /// Why something was not mounted or unmounted.
@@ -224,6 +228,18 @@ impl Mounted {
                     config: public,
                 };
                 Ok((fs.into(), Entry { info, image: Some(Arc::new(parts)) }))
+            }
+            What::Directory(path) => {
+                let options = PassthroughOptions { name: name.clone(), ..Default::default() };
+                let fs = PassthroughFs::new(&path, options)?;
+                log::info!("{at}: directory {}", path.display());
+                let info = MountInfo {
+                    backend_type: "PassthroughFs",
+                    mountpoint: name,
+                    mounted_time: SystemTime::now(),
+                    config: serde_json::Value::Null,
+                };
+                Ok((fs.into(), Entry { info, image: None }))
             }
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 use vm_memory::VolatileSlice;
 
-use super::{Device, DeviceConfig, DeviceError, Outcome, Serve};
+use super::{Device, DeviceConfig, DeviceError, Outcome, Serve, Wait};
 use crate::fuse::{self, Mounts, Pins, Reply, Request, RequestError, Server, ServerOptions};
 
 impl Device<Server> {
@@ -48,7 +48,10 @@ impl Serve for Server {
         match Server::handle(self, request, &mut Reply::new(reply), pins) {
             fuse::Outcome::Reply(len) => Outcome::Reply(len),
             fuse::Outcome::NoReply => Outcome::NoReply,
-            fuse::Outcome::Wait(wait) => Outcome::Wait(Box::pin(wait.ready())),
+            fuse::Outcome::Wait(wait) => {
+                let interruptible = wait.interruptible();
+                Outcome::Wait(Wait { work: Box::pin(wait.ready()), interruptible })
+            }
             fuse::Outcome::Interrupt(unique) => Outcome::Interrupt(unique),
         }
     }

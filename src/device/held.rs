@@ -9,9 +9,7 @@
 //! a result (it panicked, or the runtime went away) leaves a note too: its request is answered EIO.
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,6 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
+use super::Wait;
 use super::chain::Chain;
 use super::memory::Memory;
 use super::parked::Listed;
@@ -38,9 +37,15 @@ pub(super) struct Held<R> {
     pub memory: Arc<Memory>,
 }
 
+struct Waiting<R> {
+    held: Held<R>,
+    task: AbortHandle,
+    interruptible: bool,
+}
+
 /// The requests of one queue that wait.
 pub(super) struct HeldTable<R> {
-    waiting: HashMap<Ticket, (Held<R>, AbortHandle)>,
+    waiting: HashMap<Ticket, Waiting<R>>,
 }
 
 impl<R> HeldTable<R> {
@@ -57,31 +62,35 @@ impl<R> HeldTable<R> {
     pub(super) fn hold<P: Send + 'static>(
         &mut self,
         held: Held<R>,
-        wait: Pin<Box<dyn Future<Output = P> + Send>>,
+        wait: Wait<P>,
         inbox: &Arc<Inbox<P>>,
         runtime: &Handle,
     ) {
         let ticket = inbox.tickets.fetch_add(1, Ordering::Relaxed);
         let promise = Promise { ticket, inbox: Some(Arc::clone(inbox)) };
+        let Wait { work, interruptible } = wait;
         let task = runtime.spawn(async move {
-            let pins = wait.await;
+            let pins = work.await;
             promise.keep(pins);
         });
-        self.waiting.insert(ticket, (held, task.abort_handle()));
+        let task = task.abort_handle();
+        self.waiting.insert(ticket, Waiting { held, task, interruptible });
         inbox.held.store(self.waiting.len(), Ordering::Relaxed);
     }
 
     /// Takes out the request of a note. `None` if it has been answered since, or its ring is gone.
     pub(super) fn take<P>(&mut self, ticket: Ticket, inbox: &Inbox<P>) -> Option<Held<R>> {
-        let (held, _) = self.waiting.remove(&ticket)?;
+        let Waiting { held, .. } = self.waiting.remove(&ticket)?;
         inbox.held.store(self.waiting.len(), Ordering::Relaxed);
         Some(held)
     }
 
-    /// Takes out the request that the guest calls `unique` and stops its wait.
+    /// Takes out the request that the guest calls `unique` and stops its wait, if it may be cut
+    /// short.
     pub(super) fn interrupt<P>(&mut self, unique: u64, inbox: &Inbox<P>) -> Option<Held<R>> {
-        let ticket = *self.waiting.iter().find(|(_, (held, _))| held.unique == unique)?.0;
-        let (held, task) = self.waiting.remove(&ticket)?;
+        let wanted = |waiting: &Waiting<R>| waiting.held.unique == unique && waiting.interruptible;
+        let ticket = *self.waiting.iter().find(|(_, waiting)| wanted(waiting))?.0;
+        let Waiting { held, task, .. } = self.waiting.remove(&ticket)?;
         task.abort();
         inbox.held.store(self.waiting.len(), Ordering::Relaxed);
         Some(held)
@@ -89,8 +98,8 @@ impl<R> HeldTable<R> {
 
     /// Forgets all requests and stops their waits: the ring they came from is no more.
     pub(super) fn clear<P>(&mut self, inbox: &Inbox<P>) {
-        for (_, (_, task)) in self.waiting.drain() {
-            task.abort();
+        for (_, waiting) in self.waiting.drain() {
+            waiting.task.abort();
         }
         inbox.held.store(0, Ordering::Relaxed);
     }
@@ -98,8 +107,8 @@ impl<R> HeldTable<R> {
 
 impl<R> Drop for HeldTable<R> {
     fn drop(&mut self) {
-        for (_, task) in self.waiting.values() {
-            task.abort();
+        for waiting in self.waiting.values() {
+            waiting.task.abort();
         }
     }
 }

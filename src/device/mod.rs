@@ -83,8 +83,13 @@ pub trait Serve: Send + Sync + 'static {
     fn refuse(&self, bytes: &[u8], errno: i32, reply: &[VolatileSlice<'_>]) -> u32;
 }
 
-/// What a request waits for: holds no thread meanwhile.
-pub type Wait<P> = Pin<Box<dyn Future<Output = P> + Send>>;
+/// What a request waits for: holds no thread of the device meanwhile.
+pub struct Wait<P> {
+    /// Ends when the wait is over.
+    pub work: Pin<Box<dyn Future<Output = P> + Send>>,
+    /// Whether the request may be answered with EINTR instead, when the guest asks for that.
+    pub interruptible: bool,
+}
 
 /// What became of a request.
 pub enum Outcome<P> {

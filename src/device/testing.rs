@@ -21,7 +21,7 @@ use vm_memory::guest_memory::FileOffset;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Counters, Device, DeviceConfig, Listener, Outcome, Serve, Stop};
+use super::{Counters, Device, DeviceConfig, Listener, Outcome, Serve, Stop, Wait};
 
 pub const HEADER: usize = 40;
 pub const LIMIT: Duration = Duration::from_secs(5);
@@ -156,7 +156,8 @@ impl Serve for Toy {
                 let (send, receive) = oneshot::channel();
                 self.0.waits.lock().unwrap().insert(request.unique, send);
                 // A sender that is gone makes this panic: a task that ends without a result.
-                Outcome::Wait(Box::pin(async move { receive.await.map(|()| true).unwrap() }))
+                let work = Box::pin(async move { receive.await.map(|()| true).unwrap() });
+                Outcome::Wait(Wait { work, interruptible: true })
             }
             INTERRUPT => {
                 Outcome::Interrupt(u64::from_le_bytes(request.body[..8].try_into().unwrap()))

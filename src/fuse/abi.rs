@@ -46,6 +46,9 @@ pub mod opcode {
     pub const READDIR: u32 = 28;
     pub const RELEASEDIR: u32 = 29;
     pub const FSYNCDIR: u32 = 30;
+    pub const GETLK: u32 = 31;
+    pub const SETLK: u32 = 32;
+    pub const SETLKW: u32 = 33;
     pub const ACCESS: u32 = 34;
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
@@ -75,12 +78,16 @@ bitflags::bitflags! {
         const EXPORT_SUPPORT = 1 << 4;
         /// Writes may be larger than 4 KiB.
         const BIG_WRITES = 1 << 5;
+        /// The server applies the umask, so that default ACLs can take its place.
+        const DONT_MASK = 1 << 6;
+        /// The guest drops cached pages when mtime or size have changed.
         const AUTO_INVAL_DATA = 1 << 12;
         /// READDIRPLUS works.
         const DO_READDIRPLUS = 1 << 13;
         /// The guest chooses between READDIR and READDIRPLUS.
         const READDIRPLUS_AUTO = 1 << 14;
         const ASYNC_DIO = 1 << 15;
+        /// The guest keeps what is written for a while. Nobody else sees it until then.
         const WRITEBACK_CACHE = 1 << 16;
         /// The guest stops sending OPEN and RELEASE when OPEN is answered by ENOSYS.
         const NO_OPEN_SUPPORT = 1 << 17;
@@ -95,10 +102,53 @@ bitflags::bitflags! {
         /// The guest stops sending OPENDIR and RELEASEDIR when OPENDIR is answered by ENOSYS.
         const NO_OPENDIR_SUPPORT = 1 << 24;
         const EXPLICIT_INVAL_DATA = 1 << 25;
+        /// A directory may be the root of another file system: [`super::abi::ATTR_SUBMOUNT`].
+        const SUBMOUNTS = 1 << 27;
+        /// The server clears set-id bits on writing, truncating and changing the owner.
+        const HANDLE_KILLPRIV_V2 = 1 << 28;
+        /// [`super::abi::SetxattrIn`] is sent in full.
+        const SETXATTR_EXT = 1 << 29;
         /// `flags2` means something.
         const INIT_EXT = 1 << 30;
+        /// Who makes a file in a directory of another group it belongs to says so.
+        const CREATE_SUPP_GROUP = 1 << 34;
         /// The mount may be mapped into user namespaces; owners in headers are void then.
         const ALLOW_IDMAP = 1 << 40;
+    }
+}
+
+/// `Attr::flags`: the directory is the root of another file system of the host.
+pub const ATTR_SUBMOUNT: u32 = 1;
+/// `GetattrIn::getattr_flags`: `fh` is set.
+pub const GETATTR_FH: u32 = 1;
+/// `OpenIn::open_flags` and `CreateIn::open_flags`: clear set-id bits when truncating.
+pub const OPEN_KILL_SUIDGID: u32 = 1;
+/// `WriteIn::write_flags`: clear set-id bits.
+pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+/// `FsyncIn::fsync_flags`: only data and what is needed to read it.
+pub const FSYNC_FDATASYNC: u32 = 1;
+/// `SetxattrIn::setxattr_flags`: clear the set-group-id bit.
+pub const SETXATTR_ACL_KILL_SGID: u32 = 1;
+/// `ExtHeader::kind` of [`SuppGroups`].
+pub const EXT_GROUPS: u32 = 32;
+
+bitflags::bitflags! {
+    /// `SetattrIn::valid`: which attributes to set.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Set: u32 {
+        const MODE = 1 << 0;
+        const UID = 1 << 1;
+        const GID = 1 << 2;
+        const SIZE = 1 << 3;
+        const ATIME = 1 << 4;
+        const MTIME = 1 << 5;
+        /// `fh` is set.
+        const FH = 1 << 6;
+        const ATIME_NOW = 1 << 7;
+        const MTIME_NOW = 1 << 8;
+        const CTIME = 1 << 10;
+        /// Clear set-id bits.
+        const KILL_SUIDGID = 1 << 11;
     }
 }
 
@@ -106,6 +156,8 @@ bitflags::bitflags! {
     /// `OpenOut::open_flags`.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct OpenFlags: u32 {
+        /// Reads and writes go past the guest's page cache.
+        const DIRECT_IO = 1 << 0;
         /// Pages cached before this open stay valid.
         const KEEP_CACHE = 1 << 1;
         /// Directory content may be cached.
@@ -402,5 +454,171 @@ wire! {
     Direntplus, 152 {
         entry: EntryOut,
         dirent: Dirent,
+    }
+
+    GetattrIn, 16 {
+        getattr_flags: u32,
+        dummy: u32,
+        fh: u64,
+    }
+
+    SetattrIn, 88 {
+        /// [`Set`].
+        valid: u32,
+        padding: u32,
+        fh: u64,
+        /// Bytes.
+        size: u64,
+        lock_owner: u64,
+        /// Seconds since the epoch, two's complement, as are the next two.
+        atime: u64,
+        mtime: u64,
+        ctime: u64,
+        atimensec: u32,
+        mtimensec: u32,
+        ctimensec: u32,
+        mode: u32,
+        unused4: u32,
+        uid: u32,
+        gid: u32,
+        unused5: u32,
+    }
+
+    /// Followed by a name. Before 7.12 it ends after `rdev`.
+    MknodIn, 16 {
+        mode: u32,
+        /// As in [`Attr`].
+        rdev: u32,
+        umask: u32,
+        padding: u32,
+    }
+
+    /// Followed by a name.
+    MkdirIn, 8 {
+        mode: u32,
+        umask: u32,
+    }
+
+    /// Followed by the old and the new name.
+    RenameIn, 8 {
+        newdir: u64,
+    }
+
+    /// Followed by the old and the new name.
+    Rename2In, 16 {
+        newdir: u64,
+        /// As for `renameat2(2)`.
+        flags: u32,
+        padding: u32,
+    }
+
+    /// Followed by the new name.
+    LinkIn, 8 {
+        oldnodeid: u64,
+    }
+
+    /// CREATE and TMPFILE; followed by a name. Before 7.12 it ends after 8 bytes.
+    CreateIn, 16 {
+        /// As for `open(2)`.
+        flags: u32,
+        mode: u32,
+        umask: u32,
+        open_flags: u32,
+    }
+
+    /// Answer to CREATE and TMPFILE.
+    CreateOut, 144 {
+        entry: EntryOut,
+        open: OpenOut,
+    }
+
+    /// RELEASE and RELEASEDIR.
+    ReleaseIn, 24 {
+        fh: u64,
+        flags: u32,
+        release_flags: u32,
+        lock_owner: u64,
+    }
+
+    FlushIn, 24 {
+        fh: u64,
+        unused: u32,
+        padding: u32,
+        lock_owner: u64,
+    }
+
+    /// Followed by the data. Before 7.9 it ends after `write_flags`.
+    WriteIn, 40 {
+        fh: u64,
+        offset: u64,
+        /// Bytes.
+        size: u32,
+        write_flags: u32,
+        lock_owner: u64,
+        flags: u32,
+        padding: u32,
+    }
+
+    /// Answer to WRITE and COPY_FILE_RANGE.
+    WriteOut, 8 {
+        /// Bytes.
+        size: u32,
+        padding: u32,
+    }
+
+    /// FSYNC and FSYNCDIR.
+    FsyncIn, 16 {
+        fh: u64,
+        fsync_flags: u32,
+        padding: u32,
+    }
+
+    /// Followed by the name and the value. Without SETXATTR_EXT it ends after `flags`.
+    SetxattrIn, 16 {
+        /// Bytes of the value.
+        size: u32,
+        /// As for `setxattr(2)`.
+        flags: u32,
+        setxattr_flags: u32,
+        padding: u32,
+    }
+
+    FallocateIn, 32 {
+        fh: u64,
+        /// Bytes, as is `length`.
+        offset: u64,
+        length: u64,
+        /// As for `fallocate(2)`.
+        mode: u32,
+        padding: u32,
+    }
+
+    CopyFileRangeIn, 56 {
+        fh_in: u64,
+        off_in: u64,
+        nodeid_out: u64,
+        fh_out: u64,
+        off_out: u64,
+        /// Bytes.
+        len: u64,
+        flags: u64,
+    }
+
+    /// Answer to COPY_FILE_RANGE_64.
+    CopyFileRangeOut, 8 {
+        /// Bytes.
+        bytes_copied: u64,
+    }
+
+    /// Starts each extension at the end of a request.
+    ExtHeader, 8 {
+        /// Bytes of the extension, this header included; a multiple of 8.
+        size: u32,
+        kind: u32,
+    }
+
+    /// Followed by `nr_groups` numbers of 4 bytes.
+    SuppGroups, 4 {
+        nr_groups: u32,
     }
 }

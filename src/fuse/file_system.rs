@@ -6,11 +6,17 @@
 
 use std::borrow::Cow;
 use std::error::Error;
+use std::io;
 use std::sync::Arc;
+
+use rustix::io::Errno;
 
 use super::abi::{self, Attr};
 use super::listing::Listing;
-use super::reply::Payload;
+use super::mounts::Naming;
+use super::reply::{Payload, Reply};
+use super::request::{Request, RequestError};
+use super::session::Terms;
 use super::wait::{Pins, Wait};
 use crate::rafs::FormatError;
 
@@ -21,7 +27,18 @@ pub(super) struct Entry {
     pub(super) attr: Attr,
 }
 
+/// A request that a file system serves whole.
+#[derive(Clone, Copy)]
+pub(super) struct Call<'a> {
+    pub(super) request: &'a Request,
+    pub(super) terms: Terms,
+    pub(super) naming: Naming,
+}
+
 /// Operations of one mounted file system. None of them blocks.
+///
+/// One that can be written serves requests whole; the methods from `lookup` on are not asked then,
+/// but for `attr` of its root.
 pub(super) trait FileSystem: Send + Sync {
     /// What logs call it.
     fn name(&self) -> &str;
@@ -46,49 +63,86 @@ pub(super) trait FileSystem: Send + Sync {
     /// Whether some node may have extended attributes.
     fn has_xattrs(&self) -> bool;
 
+    /// A guest has come or gone: it knows no nodes and has nothing open.
+    fn end_session(&self) {}
+
+    /// Answers a request itself; `None`: by the methods below. Returns the bytes written.
+    fn serve(
+        &self,
+        _call: &Call<'_>,
+        _reply: &mut Reply<'_>,
+        _pins: &Pins,
+    ) -> Option<Result<u32, FsError>> {
+        None
+    }
+
     /// `None`: there is no such name, and a guest may remember so.
-    fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<Entry>, FsError>;
+    fn lookup(&self, _parent: u64, _name: &[u8]) -> Result<Option<Entry>, FsError> {
+        Err(FsError::Unknown)
+    }
 
     /// The directory that holds directory `node`; for the root the root itself.
-    fn parent(&self, node: u64) -> Result<Entry, FsError>;
+    fn parent(&self, _node: u64) -> Result<Entry, FsError> {
+        Err(FsError::Unknown)
+    }
 
     /// A guest gives back `lookups` of the times it was told about `node`.
     fn forget(&self, node: u64, lookups: u64);
 
     fn attr(&self, node: u64) -> Result<Attr, FsError>;
 
-    fn readlink(&self, node: u64) -> Result<Cow<'_, [u8]>, FsError>;
+    fn readlink(&self, _node: u64) -> Result<Cow<'_, [u8]>, FsError> {
+        Err(FsError::Unknown)
+    }
 
     /// `flags` as for `open(2)`.
-    fn open(&self, node: u64, flags: u32) -> Result<abi::OpenOut, FsError>;
+    fn open(&self, _node: u64, _flags: u32) -> Result<abi::OpenOut, FsError> {
+        Err(FsError::Unknown)
+    }
 
-    fn opendir(&self, node: u64) -> Result<abi::OpenOut, FsError>;
+    fn opendir(&self, _node: u64) -> Result<abi::OpenOut, FsError> {
+        Err(FsError::Unknown)
+    }
 
     /// Fills `into` with the bytes from `offset` on, as far as the file goes.
     fn read(
         &self,
-        node: u64,
-        offset: u64,
-        into: &mut Payload<'_>,
-        pins: &Pins,
-    ) -> Result<(), FsError>;
+        _node: u64,
+        _offset: u64,
+        _into: &mut Payload<'_>,
+        _pins: &Pins,
+    ) -> Result<(), FsError> {
+        Err(FsError::Unknown)
+    }
 
     /// `whence` is `SEEK_DATA` or `SEEK_HOLE`.
-    fn lseek(&self, node: u64, offset: u64, whence: i32) -> Result<u64, FsError>;
+    fn lseek(&self, _node: u64, _offset: u64, _whence: i32) -> Result<u64, FsError> {
+        Err(FsError::Unknown)
+    }
 
     /// Writes entries from `cookie` on until `out` takes no more.
-    fn readdir(&self, node: u64, cookie: u64, out: &mut Listing<'_>) -> Result<(), FsError>;
+    fn readdir(&self, _node: u64, _cookie: u64, _out: &mut Listing<'_>) -> Result<(), FsError> {
+        Err(FsError::Unknown)
+    }
 
-    fn statfs(&self) -> abi::StatfsOut;
+    fn statfs(&self) -> abi::StatfsOut {
+        abi::StatfsOut::default()
+    }
 
     /// Whether `mask` (as for `access(2)`) makes sense on `node`; identities are checked by the
     /// guest's kernel.
-    fn access(&self, node: u64, mask: u32) -> Result<(), FsError>;
+    fn access(&self, _node: u64, _mask: u32) -> Result<(), FsError> {
+        Err(FsError::Unknown)
+    }
 
-    fn getxattr(&self, node: u64, name: &[u8]) -> Result<Cow<'_, [u8]>, FsError>;
+    fn getxattr(&self, _node: u64, _name: &[u8]) -> Result<Cow<'_, [u8]>, FsError> {
+        Err(FsError::Unknown)
+    }
 
     /// Calls `each` with the parts of every name, without a NUL.
-    fn listxattr(&self, node: u64, each: &mut dyn FnMut(&str, &[u8])) -> Result<(), FsError>;
+    fn listxattr(&self, _node: u64, _each: &mut dyn FnMut(&str, &[u8])) -> Result<(), FsError> {
+        Err(FsError::Unknown)
+    }
 }
 
 /// Why an operation did not give an answer.
@@ -121,6 +175,11 @@ pub(super) enum FsError {
     ReadOnly,
     #[error("the server does not know the operation")]
     Unknown,
+    /// The host's kernel said no.
+    #[error("{0}")]
+    Host(#[from] Errno),
+    #[error(transparent)]
+    BadRequest(RequestError),
     #[error("no session: INIT has not been sent")]
     NoSession,
     #[error("inode {node} is damaged")]
@@ -129,6 +188,12 @@ pub(super) enum FsError {
     Unreadable { node: u64, chunk: u32, source: Arc<dyn Error + Send + Sync> },
     #[error("inode {node}: {reason}")]
     Broken { node: u64, reason: &'static str },
+}
+
+impl From<io::Error> for FsError {
+    fn from(error: io::Error) -> FsError {
+        FsError::Host(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
 }
 
 impl FsError {
@@ -146,6 +211,8 @@ impl FsError {
             FsError::NotExecutable => libc::EACCES,
             FsError::ReadOnly => libc::EROFS,
             FsError::Unknown => libc::ENOSYS,
+            FsError::Host(errno) => errno.raw_os_error(),
+            FsError::BadRequest(error) => error.errno(),
             FsError::Wait(_)
             | FsError::NoSession
             | FsError::Damaged { .. }

@@ -10,10 +10,15 @@ use super::reply::Payload;
 /// Bytes of the largest record.
 const RECORD_MAX: usize = size_of::<Direntplus>() + abi::NAME_MAX + 1;
 
-/// Takes entries until the guest's buffer is full.
+/// Takes entries of a file system until the guest's buffer is full.
 pub(super) struct Listing<'a> {
-    payload: Payload<'a>,
+    records: Records<'a>,
     place: Place<'a>,
+}
+
+/// Takes records until the guest's buffer is full.
+pub(super) struct Records<'a> {
+    payload: Payload<'a>,
     plus: bool,
     empty: bool,
     full: bool,
@@ -32,17 +37,17 @@ pub(super) struct Name<'a> {
 impl<'a> Listing<'a> {
     /// A listing of a directory in the file system of `place`.
     pub(super) fn new(payload: Payload<'a>, place: Place<'a>, plus: bool) -> Self {
-        Listing { payload, place, plus, empty: true, full: false }
+        Listing { records: Records::new(payload, plus), place }
     }
 
     /// Whether entries should come with their attributes.
     pub(super) fn wants_attributes(&self) -> bool {
-        self.plus
+        self.records.plus
     }
 
     /// Whether nothing has been written.
     pub(super) fn is_empty(&self) -> bool {
-        self.empty
+        self.records.empty
     }
 
     /// Writes one entry, or returns false: it does not fit, and belongs into the next listing.
@@ -51,15 +56,34 @@ impl<'a> Listing<'a> {
     /// `..` and what cannot be read have none: the guest looks those up itself.
     #[must_use]
     pub(super) fn put(&mut self, name: &Name<'_>, entry: Option<&Entry>) -> bool {
+        let entry = match entry {
+            Some(_) if self.records.plus => Some(self.place.entry_out(entry)),
+            _ => None,
+        };
+        let name = Name { ino: self.place.ino(name.ino), ..*name };
+        self.records.put(&name, entry.as_ref())
+    }
+
+    /// As [`Records::into_payload`].
+    pub(super) fn into_payload(self) -> Option<Payload<'a>> {
+        self.records.into_payload()
+    }
+}
+
+impl<'a> Records<'a> {
+    /// A listing, with attributes or without.
+    pub(super) fn new(payload: Payload<'a>, plus: bool) -> Self {
+        Records { payload, plus, empty: true, full: false }
+    }
+
+    /// As [`Listing::put`], with what the guest is told as it is told.
+    #[must_use]
+    pub(super) fn put(&mut self, name: &Name<'_>, entry: Option<&EntryOut>) -> bool {
         let Ok(namelen) = u32::try_from(name.name.len()) else { return false };
-        let ino = self.place.ino(name.ino);
-        let dirent = Dirent { ino, off: name.next_cookie, namelen, kind: name.kind };
+        let dirent = Dirent { ino: name.ino, off: name.next_cookie, namelen, kind: name.kind };
         let mut record = [0; RECORD_MAX];
         let head = if self.plus {
-            let entry = match entry {
-                Some(_) => self.place.entry_out(entry),
-                None => EntryOut::default(),
-            };
+            let entry = entry.copied().unwrap_or_default();
             copy(&mut record, Direntplus { entry, dirent }.as_bytes())
         } else {
             copy(&mut record, dirent.as_bytes())

@@ -21,6 +21,7 @@ use super::abi::{self, Attr, EntryOut};
 use super::counters::{OpCounters, OpTimes, OpTotals, Times};
 use super::file_system::{Entry, FileSystem, FsError};
 use super::mount_path::MountPath;
+use super::passthrough::PassthroughFs;
 use super::pseudo::{Child, Directories, PSEUDO_ATTR_SECS};
 use super::rafs_fs::RafsFs;
 
@@ -61,6 +62,12 @@ impl AnyFs {
 
 impl From<RafsFs> for AnyFs {
     fn from(fs: RafsFs) -> AnyFs {
+        AnyFs::new(fs)
+    }
+}
+
+impl From<PassthroughFs> for AnyFs {
+    fn from(fs: PassthroughFs) -> AnyFs {
         AnyFs::new(fs)
     }
 }
@@ -115,6 +122,32 @@ pub(super) struct Place<'a> {
     pub(super) node: u64,
     /// Whether the root of `fs` is the root of the tree.
     at_root: bool,
+}
+
+/// How the nodes of one file system are called by guests.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Naming {
+    slot: u32,
+    /// The root's number, if it is the root of the tree.
+    root: Option<u64>,
+}
+
+impl Naming {
+    /// The id by which a guest knows `node`.
+    pub(super) fn nodeid(&self, node: u64) -> u64 {
+        if self.root == Some(node) {
+            return abi::ROOT_ID;
+        }
+        u64::from(self.slot) << NODE_BITS | node
+    }
+
+    /// The node that a guest means by `nodeid`; `None` if it is one of another file system.
+    pub(super) fn node(&self, nodeid: u64) -> Option<u64> {
+        if nodeid == abi::ROOT_ID {
+            return self.root;
+        }
+        (nodeid >> NODE_BITS == u64::from(self.slot)).then_some(nodeid & ((1 << NODE_BITS) - 1))
+    }
 }
 
 /// As long as it lives, only what never changes can be mounted.
@@ -368,6 +401,11 @@ impl Tree {
         mounted.map_or(&self.counters, |mounted| &mounted.counters)
     }
 
+    /// All mounted file systems.
+    pub(super) fn file_systems(&self) -> impl Iterator<Item = &dyn FileSystem> {
+        self.slots.iter().map(|mounted| &*mounted.fs)
+    }
+
     fn mounted(&self, slot: u32) -> Option<&Arc<Mounted>> {
         let i = self.slots.binary_search_by_key(&slot, |mounted| mounted.slot).ok()?;
         self.slots.get(i)
@@ -426,12 +464,14 @@ impl Directories {
 }
 
 impl Place<'_> {
+    /// How the nodes of this file system are called.
+    pub(super) fn naming(&self) -> Naming {
+        Naming { slot: self.slot, root: self.at_root.then(|| self.fs.root()) }
+    }
+
     /// The id by which a guest knows `node`, of the same file system.
     pub(super) fn nodeid(&self, node: u64) -> u64 {
-        if self.at_root && node == self.fs.root() {
-            return abi::ROOT_ID;
-        }
-        u64::from(self.slot) << NODE_BITS | node
+        self.naming().nodeid(node)
     }
 
     /// The number of an inode (`st_ino`) as a guest sees it. Images count theirs from the same

@@ -170,7 +170,7 @@ impl<'a> Payload<'a> {
                 .ok_or(io::ErrorKind::InvalidInput)?;
             // SAFETY: `buffers` took every element from a `VolatileSlice` that lives for 'a, so it
             // is mapped and writable until the call returns.
-            match unsafe { read_into_guest(file, &iov, at) } {
+            match unsafe { read_into_guest(file, &iov, at, 0) } {
                 Ok(0) => break,
                 Ok(n) => {
                     self.advance(n);
@@ -181,6 +181,32 @@ impl<'a> Payload<'a> {
             }
         }
         Ok(done)
+    }
+
+    /// As [`Self::put_file`] from the host's page cache only; false if something is not there, and
+    /// then it does not matter what was written.
+    #[must_use]
+    pub(super) fn put_cached(&mut self, file: BorrowedFd<'_>, offset: u64, len: usize) -> bool {
+        let len = len.min(self.room);
+        let mut done = 0;
+        while done < len {
+            let iov = self.buffers(len - done);
+            let at = u64::try_from(done)
+                .ok()
+                .and_then(|done| offset.checked_add(done))
+                .and_then(|at| i64::try_from(at).ok());
+            let Some(at) = at else { return false };
+            // SAFETY: as in `put_file`.
+            match unsafe { read_into_guest(file, &iov, at, libc::RWF_NOWAIT) } {
+                Ok(0) => break,
+                Ok(n) => {
+                    self.advance(n);
+                    done += n;
+                }
+                Err(_) => return false,
+            }
+        }
+        true
     }
 
     /// The next `len` bytes of the buffers, or as many as one system call takes.
@@ -209,7 +235,8 @@ impl<'a> Payload<'a> {
     }
 }
 
-/// Reads from `file` at `offset` (bytes) into guest memory described by `iov`.
+/// Reads from `file` at `offset` (bytes) into guest memory described by `iov`; `flags` as for
+/// `preadv2(2)`.
 ///
 /// # Safety
 ///
@@ -218,11 +245,17 @@ unsafe fn read_into_guest(
     file: BorrowedFd<'_>,
     iov: &[libc::iovec],
     offset: i64,
+    flags: libc::c_int,
 ) -> io::Result<usize> {
     let count = libc::c_int::try_from(iov.len()).expect("at most IOV_MAX buffers");
     // SAFETY: the caller keeps the targets mapped, and we hold no Rust reference to guest memory,
     // so a guest that writes to it meanwhile races only with itself.
-    let n = unsafe { libc::preadv(file.as_raw_fd(), iov.as_ptr(), count, offset) };
+    let n = unsafe {
+        match flags {
+            0 => libc::preadv(file.as_raw_fd(), iov.as_ptr(), count, offset),
+            _ => libc::preadv2(file.as_raw_fd(), iov.as_ptr(), count, offset, flags),
+        }
+    };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 

@@ -3,6 +3,8 @@
 //! A [`Request`] owns the bytes: they are copied out of guest memory once, so what was checked is
 //! what is served. Any bytes give a request or an error.
 
+use std::sync::Arc;
+
 use smallvec::SmallVec;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -12,8 +14,16 @@ use super::abi::{self, InHeader, opcode};
 #[derive(Clone, Debug)]
 pub struct Request {
     pub header: InHeader,
-    /// What follows the header. Everything a guest sends often fits without an allocation.
-    body: SmallVec<[u8; 288]>,
+    body: Body,
+}
+
+/// What follows the header. Everything a guest sends often fits without an allocation; what does not
+/// is shared by clones.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "the large one is the usual one")]
+enum Body {
+    Short(SmallVec<[u8; 288]>),
+    Long(Arc<[u8]>),
 }
 
 /// Bytes that are not a request.
@@ -50,8 +60,12 @@ impl RequestError {
             RequestError::NoHeader { .. } | RequestError::WrongLength { .. } => libc::EIO,
             RequestError::TooLong { .. } => libc::E2BIG,
             RequestError::BadBody { .. } => libc::EINVAL,
-            RequestError::LongName { opcode: opcode::LOOKUP, .. } => libc::ENAMETOOLONG,
-            RequestError::LongName { .. } => libc::ERANGE,
+            // The name of an attribute.
+            RequestError::LongName {
+                opcode: opcode::GETXATTR | opcode::SETXATTR | opcode::REMOVEXATTR,
+                ..
+            } => libc::ERANGE,
+            RequestError::LongName { .. } => libc::ENAMETOOLONG,
         }
     }
 }
@@ -153,7 +167,19 @@ impl Request {
             .and_then(|len| len.checked_sub(size_of::<InHeader>()))
             .and_then(|len| body.get(..len))
             .ok_or(RequestError::WrongLength { unique, claimed: header.len, len: bytes.len() })?;
-        Ok(Request { header, body: SmallVec::from_slice(body) })
+        let body = match body.len() {
+            0..=288 => Body::Short(SmallVec::from_slice(body)),
+            _ => Body::Long(body.into()),
+        };
+        Ok(Request { header, body })
+    }
+
+    /// What follows the header.
+    pub(super) fn body(&self) -> &[u8] {
+        match &self.body {
+            Body::Short(body) => body,
+            Body::Long(body) => body,
+        }
     }
 
     /// What is asked, with the body checked.
@@ -170,7 +196,7 @@ impl Request {
             )),
             opcode::BATCH_FORGET => Operation::Forget(self.batch_forget()?),
             opcode::NOTIFY_REPLY => Operation::NotifyReply,
-            opcode::LOOKUP => Operation::Lookup { name: self.file_name(&self.body)? },
+            opcode::LOOKUP => Operation::Lookup { name: self.file_name(self.body())? },
             opcode::GETATTR => Operation::Getattr,
             opcode::STATX => {
                 self.args::<abi::StatxIn>()?;
@@ -236,27 +262,27 @@ impl Request {
         )
     }
 
-    fn bad(&self, what: &'static str) -> RequestError {
+    pub(super) fn bad(&self, what: &'static str) -> RequestError {
         RequestError::BadBody { unique: self.header.unique, opcode: self.header.opcode, what }
     }
 
     /// The structure that starts the body, and what follows it.
-    fn args<T: FromBytes>(&self) -> Result<(T, &[u8]), RequestError> {
-        T::read_from_prefix(&self.body).map_err(|_| self.bad("the body is too short"))
+    pub(super) fn args<T: FromBytes>(&self) -> Result<(T, &[u8]), RequestError> {
+        T::read_from_prefix(self.body()).map_err(|_| self.bad("the body is too short"))
     }
 
     /// As [`Self::args`] for a structure of which older guests send only the first `least` bytes;
     /// the rest is zero then.
-    fn grown_args<T>(&self, least: usize) -> Result<T, RequestError>
+    pub(super) fn grown_args<T>(&self, least: usize) -> Result<T, RequestError>
     where
         T: Default + FromBytes + IntoBytes + KnownLayout + Immutable,
     {
-        if self.body.len() < least {
+        if self.body().len() < least {
             return Err(self.bad("the body is too short"));
         }
         let mut args = T::default();
-        let len = size_of::<T>().min(self.body.len());
-        args.as_mut_bytes()[..len].copy_from_slice(&self.body[..len]);
+        let len = size_of::<T>().min(self.body().len());
+        args.as_mut_bytes()[..len].copy_from_slice(&self.body()[..len]);
         Ok(args)
     }
 
@@ -285,7 +311,7 @@ impl Request {
     }
 
     /// The bytes before the first NUL, at most [`abi::NAME_MAX`] and at least one.
-    fn name<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], RequestError> {
+    pub(super) fn name<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], RequestError> {
         let len = bytes
             .iter()
             .position(|&b| b == 0)
@@ -302,7 +328,7 @@ impl Request {
     }
 
     /// A name of one file: no `/` in it.
-    fn file_name<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], RequestError> {
+    pub(super) fn file_name<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], RequestError> {
         let name = self.name(bytes)?;
         if name.contains(&b'/') {
             return Err(self.bad("a slash in a file name"));

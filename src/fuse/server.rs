@@ -7,7 +7,7 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::abi::{self, Attr, EntryOut};
-use super::file_system::{FsError, chain};
+use super::file_system::{Call, FileSystem, FsError, chain};
 use super::listing::Listing;
 use super::mounts::{Mounts, Place, Tree};
 use super::reply::Reply;
@@ -76,9 +76,13 @@ impl Server {
         };
         let terms = self.session.terms();
         match operation {
-            Operation::Init(init) => return Outcome::Reply(self.init(header.unique, &init, reply)),
+            Operation::Init(init) => {
+                tree.file_systems().for_each(FileSystem::end_session);
+                return Outcome::Reply(self.init(header.unique, &init, reply));
+            }
             Operation::Destroy => {
                 self.session.end();
+                tree.file_systems().for_each(FileSystem::end_session);
                 return Outcome::Reply(reply.done(header.unique));
             }
             Operation::NotifyReply => return Outcome::NoReply,
@@ -90,7 +94,7 @@ impl Server {
             _ => {}
         }
         let answer = if terms.open() {
-            self.answer(tree, &terms, header, &operation, reply, pins)
+            self.answer(tree, &terms, request, &operation, reply, pins)
         } else {
             Err(FsError::NoSession)
         };
@@ -146,14 +150,19 @@ impl Server {
         &self,
         tree: &Tree,
         terms: &Terms,
-        header: &abi::InHeader,
+        request: &Request,
         operation: &Operation<'_>,
         reply: &mut Reply<'_>,
         pins: &Pins,
     ) -> Result<u32, FsError> {
+        let header = &request.header;
         let unique = header.unique;
         let place = tree.resolve(header.nodeid).ok_or(FsError::Stale)?;
         let Place { fs, node, .. } = place;
+        let call = Call { request, terms: *terms, naming: place.naming() };
+        if let Some(answer) = fs.serve(&call, reply, pins) {
+            return answer;
+        }
         Ok(match *operation {
             Operation::Lookup { name } => {
                 let out = tree.lookup(&place, name)?;

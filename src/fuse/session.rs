@@ -23,16 +23,19 @@ pub struct ServerOptions {
     /// The mount checks permissions in the guest's kernel (mount option `default_permissions`,
     /// which virtio-fs always has). Needed for idmapped mounts.
     pub default_permissions: bool,
+    /// Let the guest keep what it writes to host directories in its page cache for a while: faster,
+    /// but the host and other guests see it late, and changes of theirs may be lost.
+    pub writeback: bool,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        ServerOptions { zero_message_open: true, default_permissions: true }
+        ServerOptions { zero_message_open: true, default_permissions: true, writeback: false }
     }
 }
 
 /// What was agreed; every request looks at it once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Terms(u64);
 
 impl Terms {
@@ -40,6 +43,9 @@ impl Terms {
     const NO_OPEN: u64 = 1 << 1;
     const NO_OPENDIR: u64 = 1 << 2;
     const NO_XATTRS: u64 = 1 << 3;
+    const SUBMOUNTS: u64 = 1 << 4;
+    const SETXATTR_EXT: u64 = 1 << 5;
+    const WRITEBACK: u64 = 1 << 6;
     const MINOR_SHIFT: u32 = 32;
 
     /// An INIT has been answered, and no DESTROY since.
@@ -60,6 +66,21 @@ impl Terms {
     /// No node has extended attributes, nor will have: the guest need not ask.
     pub(super) fn no_xattrs(self) -> bool {
         self.0 & Self::NO_XATTRS != 0
+    }
+
+    /// The guest makes a mount of its own of a directory that is marked as one.
+    pub(super) fn submounts(self) -> bool {
+        self.0 & Self::SUBMOUNTS != 0
+    }
+
+    /// SETXATTR has all its arguments.
+    pub(super) fn setxattr_ext(self) -> bool {
+        self.0 & Self::SETXATTR_EXT != 0
+    }
+
+    /// The guest keeps what it writes for a while.
+    pub(super) fn writeback(self) -> bool {
+        self.0 & Self::WRITEBACK != 0
     }
 
     /// Version that both sides speak.
@@ -116,7 +137,7 @@ impl Session {
         let offered =
             InitFlags::from_bits_retain(u64::from(init.flags2) << 32 | u64::from(init.flags));
         let xattrs = fixed.as_ref().is_none_or(|(_, xattrs)| *xattrs);
-        let flags = offered & wanted(options, xattrs);
+        let flags = offered & wanted(options, fixed.is_some(), xattrs);
         let (low, high) = halves(flags);
         let out = abi::InitOut {
             major: abi::MAJOR,
@@ -147,6 +168,15 @@ impl Session {
         if !xattrs {
             terms |= Terms::NO_XATTRS;
         }
+        for (flag, term) in [
+            (InitFlags::SUBMOUNTS, Terms::SUBMOUNTS),
+            (InitFlags::SETXATTR_EXT, Terms::SETXATTR_EXT),
+            (InitFlags::WRITEBACK_CACHE, Terms::WRITEBACK),
+        ] {
+            if flags.contains(flag) {
+                terms |= term;
+            }
+        }
         self.keep(fixed.map(|(promise, _)| promise));
         self.terms.store(terms, Ordering::Relaxed);
         Some((out, len))
@@ -154,7 +184,7 @@ impl Session {
 }
 
 /// Flags that we answer if they are offered.
-fn wanted(options: &ServerOptions, xattrs: bool) -> InitFlags {
+fn wanted(options: &ServerOptions, fixed: bool, xattrs: bool) -> InitFlags {
     let mut flags = InitFlags::ASYNC_READ
         | InitFlags::EXPORT_SUPPORT
         | InitFlags::BIG_WRITES
@@ -169,6 +199,19 @@ fn wanted(options: &ServerOptions, xattrs: bool) -> InitFlags {
     }
     if options.default_permissions {
         flags |= InitFlags::ALLOW_IDMAP;
+    }
+    if !fixed {
+        // For what can be written, which may be mounted at any time.
+        flags |= InitFlags::ATOMIC_O_TRUNC
+            | InitFlags::DONT_MASK
+            | InitFlags::AUTO_INVAL_DATA
+            | InitFlags::SUBMOUNTS
+            | InitFlags::HANDLE_KILLPRIV_V2
+            | InitFlags::SETXATTR_EXT
+            | InitFlags::CREATE_SUPP_GROUP;
+        if options.writeback {
+            flags |= InitFlags::WRITEBACK_CACHE;
+        }
     }
     flags
 }
@@ -244,7 +287,11 @@ mod tests {
 
         let (out, _) = session.start(&init(45), &ServerOptions::default(), fixed(false)).unwrap();
         assert_eq!(out.flags & 1 << 20, 0, "no ACLs to check without xattrs");
-        let options = ServerOptions { zero_message_open: false, default_permissions: false };
+        let options = ServerOptions {
+            zero_message_open: false,
+            default_permissions: false,
+            writeback: false,
+        };
         let (out, _) = session.start(&init(45), &options, fixed(true)).unwrap();
         assert_eq!(out.flags2, 0, "idmapped mounts need the kernel's permission checks");
         assert!(!session.terms().no_open() && !session.terms().no_opendir());

@@ -15,21 +15,37 @@ use crate::blob::ChunkError;
 /// It holds no thread. When [`Wait::ready`] ends, [`super::Server::handle`] is called again with
 /// the same request and the [`Pins`]; it may wait again, but never beyond the first deadline.
 /// Dropping a `Wait` or its future gives up.
-pub struct Wait(BoxFuture<'static, Pins>);
+pub struct Wait {
+    work: BoxFuture<'static, Pins>,
+    interruptible: bool,
+}
 
 impl Wait {
     pub(super) fn new(work: impl Future<Output = Pins> + Send + 'static) -> Wait {
-        Wait(work.boxed())
+        Wait { work: work.boxed(), interruptible: true }
+    }
+
+    /// For work that goes on when nobody waits for it any more, and does something: saying that it
+    /// was interrupted would be a lie.
+    pub(super) fn uninterruptible(work: impl Future<Output = Pins> + Send + 'static) -> Wait {
+        Wait { work: work.boxed(), interruptible: false }
+    }
+
+    /// Whether the request may be answered with EINTR instead, when the guest asks for that.
+    pub fn interruptible(&self) -> bool {
+        self.interruptible
     }
 
     /// The same wait of a request that came at `since`.
     pub(super) fn of_request(self, since: Instant) -> Wait {
-        Wait::new(self.0.map(move |pins| Pins { since: Some(since), ..pins }))
+        let Wait { work, interruptible } = self;
+        let work = work.map(move |pins| Pins { since: Some(since), ..pins }).boxed();
+        Wait { work, interruptible }
     }
 
     /// Does the work; must be polled inside a tokio runtime.
     pub fn ready(self) -> impl Future<Output = Pins> + Send + 'static {
-        self.0
+        self.work
     }
 }
 
@@ -50,6 +66,17 @@ pub struct Pins {
     pub(super) rounds: u32,
     /// What became of chunks that are not in the cache now, sorted by their position in the file.
     chunks: Vec<(u32, Pinned)>,
+    /// The whole answer, where it was found by another thread.
+    pub(super) answer: Option<Arc<Answer>>,
+}
+
+/// An answer that is ready to be sent.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// What follows the header.
+    Body(Vec<u8>),
+    /// Positive.
+    Errno(i32),
 }
 
 /// A chunk that a wait was for.
@@ -61,6 +88,11 @@ pub(super) enum Pinned {
 }
 
 impl Pins {
+    /// The whole answer.
+    pub(super) fn answer(answer: Answer) -> Pins {
+        Pins { answer: Some(Arc::new(answer)), ..Pins::default() }
+    }
+
     /// Chunk `number` of the file that the request reads.
     pub(super) fn get(&self, number: u32) -> Option<&Pinned> {
         let i = self.chunks.binary_search_by_key(&number, |&(number, _)| number).ok()?;

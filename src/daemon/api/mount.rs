@@ -81,6 +81,10 @@ fn command(status: &Status, query: &Query<'_>, body: &Bytes) -> Result<(String, 
             config: Box::new(Config::parse(&command.config).map_err(|e| failed(chain(&e)))?),
             prefetch_files: command.prefetch_files.unwrap_or_default(),
         },
+        // A config and files to prefetch mean nothing here; clients send empty ones.
+        "passthrough_fs" | "passthrough" | "passthroughfs" => {
+            What::Directory(PathBuf::from(command.source))
+        }
         "" => return Err(failed("InvalidFsType: `fs_type` is missing".into())),
         _ => return Err(failed("InvalidFsType: use `rafs` or `passthrough_fs`".into())),
     };
