@@ -357,7 +357,7 @@ fn the_summary_says_what_was_written() {
     for line in [
         &format!("blob id    {id}\n"),
         "paths      4, of them 2 files\n",
-        "chunks     6, 2 distinct: 70.5 % saved by dedup\n",
+        "chunks     6, 2 stored: 70.5 % saved by dedup\n",
     ] {
         assert!(text.contains(line), "{line:?} is not in {text}");
     }

@@ -8,7 +8,259 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use support::fault_registry::{Fault, FaultRegistry};
+use serde_json::{Value, json};
+use support::daemon::Daemon;
+use support::fault_registry::{Auth, Fault, FaultRegistry, Redirect};
+use support::frontend::{Vm, VmConfig};
+use support::fuse_client::Fuse;
+use support::image::{Image, pattern};
+use support::{assert_same, say};
+
+const CHUNK: u64 = 64 << 10;
+const CHUNKS_PER_FILE: u64 = 16;
+const READ: usize = 4096;
+/// `--read-timeout` of the daemons here, and what is added to it for a machine that is busy.
+const DEADLINE: Duration = Duration::from_secs(3);
+const SLACK: Duration = Duration::from_secs(8);
+
+/// An image in a registry, and a guest that reads it.
+struct Stage {
+    image: Image,
+    daemon: Daemon,
+    _vm: Vm,
+    fuse: Fuse,
+    nodes: Vec<u64>,
+    /// The next chunk that nobody has read.
+    next: u64,
+    /// Bytes of the log that were looked at.
+    seen: usize,
+    _scratch: tempfile::TempDir,
+}
+
+/// Files of 16 chunks of 64 KiB.
+fn image(files: usize) -> (tempfile::TempDir, Image) {
+    let scratch = tempfile::tempdir().expect("a scratch directory");
+    let image = Image::build(scratch.path(), files, CHUNKS_PER_FILE * CHUNK, CHUNK, "none");
+    (scratch, image.expect("an image"))
+}
+
+/// The `registry` backend at `host`, with limits fit for tests and whatever else.
+fn registry_at(host: &str, more: Value) -> Value {
+    let mut config = json!({"scheme": "http", "host": host, "repo": "r", "timeout": 1,
+        "connect_timeout": 1});
+    let Value::Object(more) = more else { panic!("keys of a config") };
+    config.as_object_mut().expect("a table").extend(more);
+    config
+}
+
+impl Stage {
+    fn set(backend: Value, scratch: tempfile::TempDir, image: Image) -> Stage {
+        let launch = image.launch(scratch.path()).backend("registry", backend);
+        Stage::launch(&launch.read_timeout(DEADLINE), scratch, image)
+    }
+
+    fn launch(launch: &support::daemon::Launch, scratch: tempfile::TempDir, image: Image) -> Stage {
+        let daemon = launch.spawn().expect("a daemon");
+        let mut vm = daemon.boot(VmConfig::default()).expect("a guest");
+        let mut fuse = vm.fuse(1);
+        fuse.init().expect("INIT");
+        let nodes = image.nodes(&mut fuse).expect("lookups");
+        Stage { image, daemon, _vm: vm, fuse, nodes, next: 0, seen: 0, _scratch: scratch }
+    }
+
+    /// A chunk that nobody has read: file and offset.
+    fn cold(&mut self) -> (usize, u64) {
+        let chunk = self.next;
+        self.next += 2; // so that no two are fetched together
+        let file = support::to_usize(chunk / CHUNKS_PER_FILE);
+        assert!(file < self.image.files, "the image has no cold chunk left");
+        (file, chunk % CHUNKS_PER_FILE * CHUNK + 100)
+    }
+
+    /// Reads from a chunk: its right bytes or an errno. Anything else is a failure of the test.
+    fn read(&mut self, (file, offset): (usize, u64), what: &str) -> Result<(), i32> {
+        match self.fuse.read(self.nodes[file], 0, offset, READ) {
+            Ok(bytes) => {
+                assert_same(&bytes, &pattern(file, offset, READ), what);
+                Ok(())
+            }
+            Err(e) => Err(e.errno().unwrap_or_else(|| panic!("{what}: {e}"))),
+        }
+    }
+
+    fn read_right(&mut self, what: &str) {
+        let place = self.cold();
+        if let Err(errno) = self.read(place, what) {
+            panic!("{what}: errno {errno}: {}", self.new_log());
+        }
+    }
+
+    /// Waits until something that was logged since the last look says `what`; a line may come a
+    /// moment after the answer that it is about.
+    #[track_caller]
+    fn expect_log(&mut self, what: &str, context: &str) {
+        let limit = Instant::now() + Duration::from_secs(10);
+        while !self.daemon.log()[self.seen..].contains(what) {
+            assert!(
+                Instant::now() < limit,
+                "{context}: the log should say {what:?}:\n{}",
+                self.new_log()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What was logged since this was called last.
+    fn new_log(&mut self) -> String {
+        let log = self.daemon.log();
+        let new = log[self.seen..].to_owned();
+        self.seen = log.len();
+        new
+    }
+}
+
+/// What the guest gets while a fault lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Right,
+    /// EIO before the deadline: repeating is no use.
+    AtOnce,
+    /// EIO at the deadline.
+    AtDeadline,
+}
+
+/// Every fault, for as long as it lasts: what the guest gets, and what the log says why.
+const FAULTS: [(Fault, Outcome, &str); 21] = [
+    (Fault::Hang, Outcome::AtDeadline, "did not answer in 1000 ms"),
+    (Fault::HangMidBody, Outcome::AtDeadline, "did not answer in 1000 ms"),
+    (Fault::ResetMidBody, Outcome::AtDeadline, "broke off"),
+    (Fault::Truncate, Outcome::AtDeadline, "broke off"),
+    (Fault::ResetAtOnce, Outcome::AtDeadline, "the request failed"),
+    (Fault::WrongBytes, Outcome::AtOnce, "do not match the digest"),
+    (Fault::WrongRange, Outcome::AtDeadline, "in place of"),
+    (Fault::NoContentRange, Outcome::AtDeadline, "without saying which"),
+    (Fault::WholeBlob, Outcome::Right, "sends whole blobs"),
+    (Fault::Status(401), Outcome::AtOnce, "denies access"),
+    (Fault::Status(403), Outcome::AtOnce, "denies access: HTTP status 403: on command"),
+    (Fault::Status(404), Outcome::AtOnce, "has no blob"),
+    (Fault::Status(416), Outcome::AtOnce, "were asked for"),
+    (Fault::RetryAfter(429, 1), Outcome::AtDeadline, "429, too many requests, asks to wait 1 s"),
+    (Fault::RetryAfter(429, 3600), Outcome::AtOnce, "asks to wait 3600 s"),
+    (Fault::Status(500), Outcome::AtDeadline, "HTTP status 500"),
+    (Fault::Status(503), Outcome::AtDeadline, "HTTP status 503"),
+    (Fault::Status(204), Outcome::AtDeadline, "HTTP status 204"),
+    (Fault::RedirectLoop, Outcome::AtDeadline, "more than 5 redirects"),
+    (Fault::SlowLoris, Outcome::AtDeadline, " bytes in "),
+    (Fault::Garbage, Outcome::AtDeadline, "invalid HTTP version"),
+];
+
+#[test]
+fn a_fault_that_lasts_gives_right_bytes_or_eio_with_the_cause_and_leaves_nothing_behind() {
+    let (scratch, image) = image(12);
+    let registry = FaultRegistry::start(&image.blobs).expect("a registry");
+    let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
+    let warm = stage.cold();
+    stage.read(warm, "the first read").expect("all is well");
+    for (fault, outcome, cause) in FAULTS {
+        let what = format!("{fault:?}");
+        stage.new_log();
+        registry.set(fault);
+        let place = stage.cold();
+        let begin = Instant::now();
+        let got = stage.read(place, &what);
+        let took = begin.elapsed();
+        say(format!("{what}: {got:?} after {took:?}"));
+        match outcome {
+            Outcome::Right => assert_eq!(got, Ok(()), "{what}"),
+            Outcome::AtOnce | Outcome::AtDeadline => {
+                assert_eq!(got, Err(libc::EIO), "{what}");
+                assert!(took < DEADLINE + SLACK, "{what}: took {took:?}");
+            }
+        }
+        if outcome == Outcome::AtDeadline {
+            assert!(took > DEADLINE / 2, "{what}: given up after {took:?}");
+        }
+        stage.expect_log(cause, &what);
+        stage.read(warm, &what).expect("what is there is served");
+        registry.set(Fault::None);
+        stage.read(place, &what).unwrap_or_else(|e| {
+            panic!("{what}: errno {e} although the registry is well: {}", stage.new_log())
+        });
+    }
+}
+
+#[test]
+fn a_fault_that_passes_is_not_noticed() {
+    let (scratch, image) = image(12);
+    let registry = FaultRegistry::start(&image.blobs).expect("a registry");
+    let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
+    for (fault, _, cause) in FAULTS {
+        let for_good = matches!(fault, Fault::Status(401..=416) | Fault::RetryAfter(_, 3600));
+        if for_good || fault == Fault::WholeBlob {
+            continue;
+        }
+        stage.new_log();
+        registry.set_next(fault, 1);
+        stage.read_right(&format!("{fault:?}, once"));
+        if !matches!(fault, Fault::WrongBytes | Fault::RedirectLoop) {
+            stage.expect_log(cause, &format!("{fault:?}, once"));
+        }
+    }
+}
+
+#[test]
+fn tokens_that_expire_all_the_time_are_replaced() {
+    let (scratch, image) = image(4);
+    let registry = FaultRegistry::start(&image.blobs).expect("a registry");
+    let user = Some(("u".to_owned(), "p".to_owned()));
+    registry.set_auth(Auth::Bearer { user, uses: 3 });
+    let auth = json!({ "auth": "dTpw" });
+    let mut stage = Stage::set(registry_at(registry.host(), auth), scratch, image);
+    for _ in 0..20 {
+        stage.read_right("with tokens that are good for three requests");
+    }
+    let tokens = registry.seen().iter().filter(|s| s.target.starts_with("/token")).count();
+    assert!((6..=12).contains(&tokens), "{tokens} tokens for 21 requests or so");
+    let log = stage.new_log();
+    assert!(!log.contains("dTpw") && !log.contains("token-"), "a secret in the log: {log}");
+    registry.set_token_fault(Fault::Status(503));
+    registry.set_auth(Auth::Bearer { user: None, uses: 3 });
+    let place = stage.cold();
+    assert_eq!(stage.read(place, "without a token service"), Err(libc::EIO));
+    stage.expect_log("HTTP status 503", "without a token service");
+    registry.set_token_fault(Fault::None);
+    stage.read(place, "with a token service").expect("right bytes");
+}
+
+#[test]
+fn redirects_are_followed_kept_and_asked_for_again() {
+    let (scratch, image) = image(4);
+    let registry = FaultRegistry::start(&image.blobs).expect("a registry");
+    let store = FaultRegistry::start(&image.blobs).expect("an object store");
+    registry.set_auth(Auth::Basic { user: "u".into(), password: "p".into() });
+    // The store knows the signatures of its own redirects only, so it makes them itself.
+    registry.set_redirect(Redirect::To(store.url()));
+    store.accept_signatures();
+    let auth = json!({ "auth": "dTpw" });
+    let mut stage = Stage::set(registry_at(registry.host(), auth), scratch, image);
+    for _ in 0..4 {
+        stage.read_right("from the store");
+    }
+    let (asked, _) = registry.served();
+    let (gave, _) = store.served();
+    assert!(asked <= 3 && gave >= 5, "{asked} questions, {gave} answers from the store");
+    let leaked = store.seen().into_iter().find(|s| s.headers.contains_key("authorization"));
+    assert!(leaked.is_none(), "credentials sent along: {leaked:?}");
+    store.set_next(Fault::Status(403), 1);
+    stage.read_right("from an address that has expired");
+    let (again, _) = registry.served();
+    assert!(again > asked, "the registry is asked where the blob is now");
+    store.set(Fault::Status(403));
+    let place = stage.cold();
+    assert_eq!(stage.read(place, "refused everywhere"), Err(libc::EIO));
+    store.set(Fault::None);
+    stage.read(place, "the store is well again").expect("right bytes");
+}
 
 /// The registry of these tests does what its faults say, seen with nothing but a socket.
 #[test]

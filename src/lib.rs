@@ -20,8 +20,8 @@ mod tests {
 
     /// Which room may use which others; arrows point one way.
     const ROOMS: [(&str, &[&str]); 8] = [
-        // Opens the bootstrap that it hands to `fuse` and `blob`, hence `rafs`.
-        ("daemon", &["device", "fuse", "blob", "backend", "rafs"]),
+        // Opens the bootstrap that it hands to `fuse` and `blob`, hence `rafs`; reads credentials.
+        ("daemon", &["device", "fuse", "blob", "backend", "rafs", "oci"]),
         ("device", &["fuse"]),
         ("fuse", &["rafs", "blob"]),
         ("blob", &["backend", "rafs"]),

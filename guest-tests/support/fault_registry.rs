@@ -8,7 +8,7 @@
 //! was asked, in order. It speaks the wire by itself: resets, truncated bodies and single bytes
 //! are what it is for, and an HTTP server library exists to prevent them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -132,7 +132,8 @@ struct Settings {
     /// Tokens handed out, and how many requests they are good for.
     tokens: HashMap<String, u32>,
     /// Signatures of redirects that the store takes.
-    signatures: HashMap<String, ()>,
+    signatures: HashSet<String>,
+    takes_all_signatures: bool,
     made: u64,
 }
 
@@ -164,7 +165,8 @@ impl FaultRegistry {
                 latency: Duration::ZERO,
                 bytes_per_second: None,
                 tokens: HashMap::new(),
-                signatures: HashMap::new(),
+                signatures: HashSet::new(),
+                takes_all_signatures: false,
                 made: 0,
             }),
             seen: Mutex::default(),
@@ -219,6 +221,11 @@ impl FaultRegistry {
     /// Requests for blobs are sent elsewhere.
     pub fn set_redirect(&self, redirect: Redirect) {
         self.state.settings().redirect = redirect;
+    }
+
+    /// As an object store: takes whatever another registry has signed.
+    pub fn accept_signatures(&self) {
+        self.state.settings().takes_all_signatures = true;
     }
 
     /// Where redirects led before is refused with 403 from now on.
@@ -554,7 +561,9 @@ impl Connection<'_> {
                 return Answer::text(400, "both a signature and Authorization\n");
             }
             let signature = request.target.split_once("signature=").map(|(_, text)| text);
-            if !self.state.settings().signatures.contains_key(signature.unwrap_or_default()) {
+            let settings = self.state.settings();
+            let known = settings.signatures.contains(signature.unwrap_or_default());
+            if !known && !settings.takes_all_signatures {
                 return Answer::text(403, "the signature has expired\n");
             }
         } else {
@@ -570,7 +579,7 @@ impl Connection<'_> {
             if let Some(base) = base {
                 settings.made += 1;
                 let signature = settings.made.to_string();
-                settings.signatures.insert(signature.clone(), ());
+                settings.signatures.insert(signature.clone());
                 let location = format!("{base}/store/{id}?signature={signature}");
                 return Answer::text(307, "").header("Location", location);
             }

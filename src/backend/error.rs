@@ -23,9 +23,12 @@ pub enum BackendError {
     /// The system refused or failed.
     #[error("reading {source_name}")]
     Io { source_name: String, source: io::Error },
-    /// The source did not answer in the time given to it, or hardly.
+    /// The source did not answer in the time given to it.
     #[error("{source_name} did not answer in {} ms", after.as_millis())]
     Timeout { source_name: String, after: Duration },
+    /// The source sends, but so little that it would take forever.
+    #[error("{source_name} sent {bytes} bytes in {} ms", within.as_millis())]
+    TooSlow { source_name: String, bytes: u64, within: Duration },
     /// There is no way to the source: no address, no connection, no agreement about TLS.
     #[error("{source_name}: {reason}")]
     Connect { source_name: String, reason: String },
@@ -59,6 +62,7 @@ impl BackendError {
             | BackendError::Denied { .. } => false,
             BackendError::ShortRead { .. }
             | BackendError::Timeout { .. }
+            | BackendError::TooSlow { .. }
             | BackendError::Connect { .. }
             | BackendError::Broken { .. }
             | BackendError::Throttled { .. }
@@ -92,7 +96,7 @@ impl BackendError {
             BackendError::OutOfRange { .. } => BackendCause::OutOfRange,
             BackendError::ShortRead { .. } => BackendCause::ShortRead,
             BackendError::Io { .. } => BackendCause::Io,
-            BackendError::Timeout { .. } => BackendCause::Timeout,
+            BackendError::Timeout { .. } | BackendError::TooSlow { .. } => BackendCause::Timeout,
             BackendError::Connect { .. } => BackendCause::Connect,
             BackendError::Broken { .. } => BackendCause::Broken,
             BackendError::Denied { .. } => BackendCause::Denied,

@@ -1,4 +1,5 @@
-//! Blobs as files of this host (config `localfs`).
+//! Blobs as files of this host: in directories (config `localfs`), in an OCI image layout (`oci`), or
+//! in partitions (`localdisk`, see [`local_disk`](super::local_disk)).
 //!
 //! The directory may be on a network or FUSE file system that stops answering. Then at most
 //! [`MAX_THREADS`] threads of the blocking pool are stuck in it; later reads wait as futures, and
@@ -17,6 +18,7 @@ use futures_util::stream::{self, StreamExt};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use super::local_disk::{self, LocalDiskConfig};
 use super::{Backend, BackendError, ByteStream};
 use crate::rafs::id::BlobId;
 
@@ -43,7 +45,7 @@ pub struct LocalFs {
 }
 
 struct Shared {
-    config: LocalFsConfig,
+    place: Place,
     name: String,
     runtime: Handle,
     threads: Arc<Semaphore>,
@@ -51,9 +53,16 @@ struct Shared {
     open: Mutex<HashMap<BlobId, Arc<OpenFile>>>,
 }
 
+enum Place {
+    Files(LocalFsConfig),
+    Disk(LocalDiskConfig),
+}
+
 struct OpenFile {
     file: File,
     path: String,
+    /// Where the blob begins.
+    base: u64,
     /// Bytes, when it was opened.
     size: u64,
 }
@@ -67,10 +76,27 @@ impl LocalFs {
             .chain(&config.alt_dirs)
             .next()
             .map_or("without a directory".into(), |path| path.display().to_string());
+        LocalFs::at(Place::Files(config), format!("localfs {place}"), runtime)
+    }
+
+    /// The blobs of the OCI image layout in `dir`.
+    pub fn oci_layout(dir: &Path, runtime: Handle) -> LocalFs {
+        let config =
+            LocalFsConfig { dir: Some(dir.join("blobs/sha256")), ..LocalFsConfig::default() };
+        LocalFs::at(Place::Files(config), format!("oci {}", dir.display()), runtime)
+    }
+
+    /// The blobs in partitions of a disk.
+    pub fn disk(config: LocalDiskConfig, runtime: Handle) -> LocalFs {
+        let name = format!("localdisk {}", config.device_path.display());
+        LocalFs::at(Place::Disk(config), name, runtime)
+    }
+
+    fn at(place: Place, name: String, runtime: Handle) -> LocalFs {
         LocalFs {
             shared: Arc::new(Shared {
-                config,
-                name: format!("localfs {place}"),
+                place,
+                name,
                 runtime,
                 threads: Arc::new(Semaphore::new(MAX_THREADS)),
                 open: Mutex::default(),
@@ -135,10 +161,23 @@ impl Shared {
     }
 
     fn look_up(&self, blob: BlobId) -> Result<OpenFile, BackendError> {
-        if let Some(path) = &self.config.blob_file {
+        let config = match &self.place {
+            Place::Files(config) => config,
+            Place::Disk(config) => {
+                let found = local_disk::find(config, &blob);
+                let found = found.map_err(|source| BackendError::Io {
+                    source_name: self.name.clone(),
+                    source,
+                })?;
+                let (file, base, size) =
+                    found.ok_or_else(|| not_found(blob, &config.device_path))?;
+                return Ok(OpenFile { file, path: self.name.clone(), base, size });
+            }
+        };
+        if let Some(path) = &config.blob_file {
             return open_file(path).and_then(|found| found.ok_or_else(|| not_found(blob, path)));
         }
-        for dir in self.config.dir.iter().chain(&self.config.alt_dirs) {
+        for dir in config.dir.iter().chain(&config.alt_dirs) {
             if let Some(found) = open_file(&dir.join(blob.as_str()))? {
                 return Ok(found);
             }
@@ -183,7 +222,7 @@ fn open_file(path: &Path) -> Result<Option<OpenFile>, BackendError> {
     if metadata.is_dir() {
         return Err(io(io::ErrorKind::IsADirectory.into()));
     }
-    Ok(Some(OpenFile { file, path: path.display().to_string(), size: metadata.len() }))
+    Ok(Some(OpenFile { file, path: path.display().to_string(), base: 0, size: metadata.len() }))
 }
 
 /// A read on its way: `range` is what is still to come.
@@ -219,7 +258,7 @@ fn read_piece(file: &OpenFile, range: Range<u64>) -> Result<Bytes, BackendError>
     let want = usize::try_from(range.end - range.start).expect("a piece is small");
     let mut bytes = Vec::with_capacity(want);
     while bytes.len() < want {
-        let at = range.start + bytes.len() as u64;
+        let at = file.base + range.start + bytes.len() as u64;
         let io = |source| BackendError::Io { source_name: file.path.clone(), source };
         let before = bytes.len();
         match rustix::io::pread(&file.file, rustix::buffer::spare_capacity(&mut bytes), at) {

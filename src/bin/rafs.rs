@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use rafsd::build;
 
-/// Build, inspect and check RAFS images.
+/// Build, merge, inspect and check RAFS images.
 #[derive(Parser)]
 #[command(name = "rafs", version, max_term_width = 100)]
 struct Cli {
@@ -23,6 +23,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Create(build::create::Args),
+    Merge(build::merge_cli::Args),
     Inspect(build::inspect::Args),
     Check(build::check::Args),
 }
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     env_logger::Builder::new().filter_level(cli.log_level).format_timestamp(None).init();
     let result = match cli.command {
         Command::Create(args) => build::create::run(args),
+        Command::Merge(args) => build::merge_cli::run(args),
         Command::Inspect(args) => build::inspect::run(args),
         Command::Check(args) => build::check::run(args),
     };

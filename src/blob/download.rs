@@ -264,6 +264,7 @@ impl Incoming {
                 self.position += want as u64;
                 let piece = self.buffer.split_to(want);
                 if collected.is_empty() && want == len {
+                    blob.backend_works();
                     return Ok(piece);
                 }
                 if collected.capacity() == 0 {
@@ -271,6 +272,7 @@ impl Incoming {
                 }
                 collected.extend_from_slice(&piece);
                 if collected.len() == len {
+                    blob.backend_works();
                     return Ok(collected.into());
                 }
             }
@@ -279,7 +281,6 @@ impl Incoming {
                 Some(bytes) => {
                     if !bytes.is_empty() {
                         limit.progress();
-                        blob.backend_works();
                     }
                     add(&blob.store.counters.fetched_bytes_total, bytes.len() as u64);
                     self.buffer = bytes;
@@ -348,12 +349,14 @@ impl Blob {
         }
         let pause =
             (FIRST_PAUSE * 2u32.saturating_pow(attempts.saturating_sub(1).min(16))).min(MAX_PAUSE);
-        let pause = jittered(pause).max(error.retry_after().unwrap_or_default());
-        let end = Instant::now() + pause;
-        if end >= until() {
+        let now = Instant::now();
+        let left = until().saturating_duration_since(now);
+        let asked = error.retry_after().unwrap_or_default();
+        if left < FIRST_PAUSE || left <= asked {
             return false;
         }
-        self.store.sleep_until(end).await;
+        // The last pauses are shorter, so that the time is used up to its end.
+        self.store.sleep_until(now + jittered(pause).min(left / 2).max(asked)).await;
         true
     }
 

@@ -1,8 +1,9 @@
 //! The data blob: stored chunks, then the chunk-info array, then its header.
 //!
-//! The blob's name is the SHA-256 of the whole file, so it is known last.
+//! The blob's name is the SHA-256 of the whole file, so it is known last. What else a packed blob
+//! holds is in `packed`.
 
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -10,15 +11,15 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::error::BuildError;
-use super::output::Output;
+use super::pipeline::Settings;
 use crate::rafs::codec::Compressor;
 use crate::rafs::id::BlobId;
 use crate::rafs::layout::{
-    BLOCK_SIZE, BlobFeatures, CI_HEADER_SIZE, CI_MAGIC, ChunkFlags, ChunkRecord, CiHeader, CiV1,
-    MAX_COMPRESSED_SIZE,
+    BLOCK_SIZE, BlobEntry, BlobFeatures, CI_HEADER_SIZE, CI_MAGIC, ChunkFlags, ChunkRecord,
+    CiHeader, CiV1, MAX_COMPRESSED_SIZE,
 };
 
-/// What every blob of this builder is: native, with version 1 of the chunk-info array.
+/// What every blob of this builder is: version 1 of the chunk-info array.
 pub const FEATURES: BlobFeatures = BlobFeatures::ALIGNED.union(BlobFeatures::CAP_TAR_TOC);
 
 /// Where the blob goes.
@@ -38,39 +39,51 @@ impl BlobTarget {
             BlobTarget::File(file) => super::output::parent_dir(file),
         }
     }
+
+    /// The file for a blob of this id.
+    pub fn path(&self, id: BlobId) -> PathBuf {
+        match self {
+            BlobTarget::Dir(dir) => dir.join(id.as_str()),
+            BlobTarget::File(file) => file.clone(),
+        }
+    }
 }
 
-/// A blob that is being written.
-pub struct BlobWriter {
-    out: BufWriter<Output>,
+/// A blob that is being written, from its start to its end. Memory: 12 bytes for each chunk.
+pub struct BlobWriter<W> {
+    out: W,
     hash: Sha256,
-    target: BlobTarget,
     /// Bytes written.
     offset: u64,
     /// Offset and size of each stored chunk.
     places: Vec<(u64, u32)>,
 }
 
-/// A blob that is complete.
+/// The chunk-info array of a blob, as it was stored.
 #[derive(Debug)]
-pub struct Blob {
-    pub id: BlobId,
-    pub path: PathBuf,
-    /// Bytes of the file.
-    pub size: u64,
-    /// End of the last chunk in bytes, rounded up to a block.
-    pub uncompressed_size: u64,
-    pub ci_compressor: Compressor,
-    /// Place and sizes of the chunk-info array in bytes.
-    pub ci_offset: u64,
-    pub ci_compressed_size: u64,
-    pub ci_uncompressed_size: u64,
+pub struct ChunkInfo {
+    /// The array and its header, as the file of the daemon's cache has them: the array padded to 4096
+    /// bytes with zeros.
+    pub meta: Vec<u8>,
+    /// SHA-256 of the array, and of its header.
+    pub digests: [[u8; 32]; 2],
+    /// The blob as the table of an image has it; its id and what only packed blobs have is missing.
+    pub entry: BlobEntry,
 }
 
-impl BlobWriter {
-    pub fn create(target: BlobTarget) -> Result<BlobWriter, BuildError> {
-        let out = BufWriter::with_capacity(256 << 10, Output::create(target.dir())?);
-        Ok(BlobWriter { out, hash: Sha256::new(), target, offset: 0, places: Vec::new() })
+impl<W: Write> BlobWriter<W> {
+    pub fn new(out: W) -> BlobWriter<W> {
+        BlobWriter { out, hash: Sha256::new(), offset: 0, places: Vec::new() }
+    }
+
+    /// Bytes written so far.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// SHA-256 of what was written so far.
+    pub fn digest(&self) -> [u8; 32] {
+        self.hash.clone().finalize().into()
     }
 
     /// Adds the stored form of the next chunk.
@@ -80,7 +93,7 @@ impl BlobWriter {
         self.write(stored)
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), BuildError> {
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), BuildError> {
         let end = self.offset + bytes.len() as u64;
         if end > MAX_COMPRESSED_SIZE {
             return Err(BuildError::Limit {
@@ -90,23 +103,24 @@ impl BlobWriter {
             });
         }
         self.hash.update(bytes);
-        self.out.write_all(bytes).map_err(|e| self.out.get_ref().failed(e))?;
+        self.out.write_all(bytes).map_err(|source| BuildError::WriteBlob { source })?;
         self.offset = end;
         Ok(())
     }
 
-    /// Tells `records`, in the order of the chunks, where they are stored, and completes the blob.
-    /// Without chunks there is no blob.
-    pub fn finish(
-        mut self,
+    /// Tells `records`, in the order of the chunks, where they are stored. `None` without chunks.
+    /// Then writes the array of them and its header.
+    pub(super) fn finish_chunks(
+        &mut self,
         records: &mut [ChunkRecord],
-        compressor: Compressor,
-    ) -> Result<Option<Blob>, BuildError> {
+        settings: Settings,
+        features: BlobFeatures,
+    ) -> Result<Option<ChunkInfo>, BuildError> {
         assert_eq!(records.len(), self.places.len(), "every distinct chunk is stored once");
         let Some(last) = records.last() else { return Ok(None) };
         let uncompressed_size = last.uncompressed_offset.get()
             + u64::from(last.uncompressed_size.get()).next_multiple_of(BLOCK_SIZE);
-        let mut table = Vec::with_capacity(size_of_val(records) / 5);
+        let mut table = Vec::with_capacity(size_of_val(records) / 5 + 2 * 4096);
         for (record, (offset, size)) in records.iter_mut().zip(&self.places) {
             record.compressed_offset = U64::new(*offset);
             record.compressed_size = U32::new(*size);
@@ -115,50 +129,69 @@ impl BlobWriter {
             }
             table.extend_from_slice(ci_entry(record).as_bytes());
         }
-        let packed = compressor
+        let packed = settings
+            .compressor
             .compress(&table)
             .map_err(|source| BuildError::Compress { codec: "the blob's compressor", source })?;
         let (ci_compressor, stored) = match &packed {
-            Some(packed) => (compressor, packed),
+            Some(packed) => (settings.compressor, packed),
             None => (Compressor::None, &table),
         };
-        let ci_offset = self.offset;
-        let (ci_compressed_size, ci_uncompressed_size) = (stored.len() as u64, table.len() as u64);
+        let count = U32::new(u32::try_from(records.len()).expect("chunks have 24-bit indexes"));
+        let mut entry = BlobEntry::new_zeroed();
+        entry.chunk_size = U32::new(settings.chunk_size);
+        entry.chunk_count = count;
+        entry.compressor = U32::new(settings.compressor as u32);
+        entry.digester = U32::new(settings.digester as u32);
+        entry.features = U32::new(features.bits());
+        entry.uncompressed_size = U64::new(uncompressed_size);
+        entry.ci_compressor = U32::new(ci_compressor as u32);
+        entry.ci_offset = U64::new(self.offset);
+        entry.ci_compressed_size = U64::new(stored.len() as u64);
+        entry.ci_uncompressed_size = U64::new(table.len() as u64);
         self.write(stored)?;
 
         let mut header = CiHeader::new_zeroed();
         header.magic = U32::new(CI_MAGIC);
-        header.features = U32::new(FEATURES.bits());
-        header.compressor = U32::new(ci_compressor as u32);
-        header.entries =
-            U32::new(u32::try_from(records.len()).expect("chunks have 24-bit indexes"));
-        header.offset = U64::new(ci_offset);
-        header.compressed_size = U64::new(ci_compressed_size);
-        header.uncompressed_size = U64::new(ci_uncompressed_size);
+        header.features = entry.features;
+        header.compressor = entry.ci_compressor;
+        header.entries = count;
+        header.offset = entry.ci_offset;
+        header.compressed_size = entry.ci_compressed_size;
+        header.uncompressed_size = entry.ci_uncompressed_size;
         header.magic2 = U32::new(CI_MAGIC);
         self.write(header.as_bytes())?;
-        debug_assert_eq!(self.offset, ci_offset + ci_compressed_size + CI_HEADER_SIZE);
 
-        let id = BlobId::from_sha256(self.hash.finalize().into());
-        let path = match self.target {
-            BlobTarget::Dir(dir) => dir.join(id.as_str()),
-            BlobTarget::File(file) => file,
-        };
-        let out = self
-            .out
-            .into_inner()
-            .map_err(|e| BuildError::Output { path: path.clone(), source: e.into_error() })?;
-        out.commit(&path)?;
-        Ok(Some(Blob {
-            id,
-            path,
-            size: self.offset,
-            uncompressed_size,
-            ci_compressor,
-            ci_offset,
-            ci_compressed_size,
-            ci_uncompressed_size,
-        }))
+        let sha256 = |bytes: &[u8]| Sha256::digest(bytes).into();
+        let digests = [sha256(&table), sha256(header.as_bytes())];
+        let mut meta = table;
+        meta.resize(meta.len().next_multiple_of(4096), 0);
+        debug_assert_eq!(header.as_bytes().len() as u64, CI_HEADER_SIZE);
+        meta.extend_from_slice(header.as_bytes());
+        Ok(Some(ChunkInfo { meta, digests, entry }))
+    }
+
+    /// Completes a native blob: its entry in a blob table if it has chunks, and the output.
+    pub fn finish(
+        mut self,
+        records: &mut [ChunkRecord],
+        settings: Settings,
+    ) -> Result<(Option<BlobEntry>, W), BuildError> {
+        let info = self.finish_chunks(records, settings, FEATURES)?;
+        let (digest, size, out) = self.into_parts()?;
+        let entry = info.map(|info| {
+            let mut entry = info.entry;
+            entry.blob_id = *BlobId::from_sha256(digest).as_bytes();
+            entry.compressed_size = U64::new(size);
+            entry
+        });
+        Ok((entry, out))
+    }
+
+    /// SHA-256 and bytes of everything written, and the output, flushed.
+    pub(super) fn into_parts(mut self) -> Result<([u8; 32], u64, W), BuildError> {
+        self.out.flush().map_err(|source| BuildError::WriteBlob { source })?;
+        Ok((self.hash.finalize().into(), self.offset, self.out))
     }
 }
 

@@ -1,28 +1,31 @@
 //! Files into chunks, and chunks into runs.
 //!
 //! A run is the unit of work of the pipeline: some chunks of files that follow each other, about
-//! 1 MiB together. Nothing is read here but where the holes of sparse files are: a chunk that lies
-//! in one is known to be zeros.
+//! 1 MiB together. [`Source`] is what runs come from: a directory here, a tar stream in `layer`.
+//!
+//! Of a directory nothing is read here but where the holes of sparse files are: a chunk that lies in
+//! one is known to be zeros.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, pread};
 
 use super::error::BuildError;
+use super::scan::Scanned;
 use super::source::{Cursor, unchanged};
-use super::tree::{FileId, Tree};
+use super::tree::{DataId, FileId};
 
 /// Bytes of file data in a run, unless one chunk is larger.
 pub const RUN_LEN: usize = 1 << 20;
 /// Chunks in a run.
-const RUN_PIECES: usize = 256;
+pub const RUN_PIECES: usize = 256;
 
 /// One chunk of a file on its way through the pipeline.
 #[derive(Debug)]
 pub struct Piece {
-    pub file: FileId,
+    pub file: DataId,
     /// Bytes from the start of the file.
     pub offset: u64,
     /// Bytes: the chunk size, or less at the end of the file.
@@ -35,6 +38,22 @@ pub struct Piece {
     pub crc32c: u32,
     /// Set when the chunk has been admitted.
     pub stored: Stored,
+}
+
+impl Piece {
+    /// A chunk of `len` bytes, whose data is not in the run yet.
+    pub fn new(file: DataId, offset: u64, len: u32, hole: bool) -> Piece {
+        Piece {
+            file,
+            offset,
+            len,
+            hole,
+            start: 0,
+            digest: [0; 32],
+            crc32c: 0,
+            stored: Stored::Duplicate,
+        }
+    }
 }
 
 /// What a chunk puts into the blob.
@@ -63,7 +82,8 @@ pub struct Run {
 }
 
 impl Run {
-    fn clear(&mut self, number: u64) {
+    /// Makes it an empty run.
+    pub fn clear(&mut self, number: u64) {
         self.number = number;
         self.pieces.clear();
         self.packed.clear();
@@ -76,9 +96,30 @@ impl Run {
     }
 }
 
-/// Cuts files into runs, one after the other.
+/// Where runs come from. It is asked by one thread.
+pub trait Source: Send {
+    /// What fills the runs with data, one for each worker.
+    type Loader: Loader + Send;
+
+    fn loader(&self) -> Self::Loader;
+
+    /// Makes `run` the next run; false, and no run, behind the last chunk. A failure is left in the
+    /// run, and reported when its turn comes.
+    fn fill(&mut self, run: &mut Run) -> bool;
+
+    /// Number of runs so far.
+    fn runs(&self) -> u64;
+}
+
+/// Fills runs with data.
+pub trait Loader {
+    /// Reads the chunks of `run` that are no holes, and says where each starts.
+    fn load(&mut self, run: &mut Run) -> Result<(), BuildError>;
+}
+
+/// Cuts the files of a directory into runs, one after the other.
 pub struct Chunker<'t> {
-    tree: &'t Tree,
+    scanned: &'t Scanned,
     files: std::vec::IntoIter<FileId>,
     chunk_size: u32,
     cursor: Cursor,
@@ -96,32 +137,15 @@ struct Current {
 
 impl<'t> Chunker<'t> {
     /// Cuts `files` in this order into chunks of `chunk_size` bytes.
-    pub fn new(tree: &'t Tree, files: Vec<FileId>, chunk_size: u32) -> Chunker<'t> {
+    pub fn new(scanned: &'t Scanned, files: Vec<FileId>, chunk_size: u32) -> Chunker<'t> {
         Chunker {
-            tree,
+            scanned,
             files: files.into_iter(),
             chunk_size,
             cursor: Cursor::default(),
             current: None,
             next_run: 0,
         }
-    }
-
-    /// Number of runs so far.
-    pub fn runs(&self) -> u64 {
-        self.next_run
-    }
-
-    /// Makes `run` the next run; false, and no run, behind the last chunk.
-    pub fn fill(&mut self, run: &mut Run) -> bool {
-        run.clear(self.next_run);
-        match self.add_pieces(run) {
-            Ok(()) if run.pieces.is_empty() => return false,
-            Ok(()) => {}
-            Err(e) => run.failure = Some(e),
-        }
-        self.next_run += 1;
-        true
     }
 
     fn add_pieces(&mut self, run: &mut Run) -> Result<(), BuildError> {
@@ -131,17 +155,17 @@ impl<'t> Chunker<'t> {
                 Some(current) => current,
                 none => {
                     let Some(file) = self.files.next() else { return Ok(()) };
-                    none.insert(Current::open(self.tree, &mut self.cursor, file)?)
+                    none.insert(Current::open(self.scanned, &mut self.cursor, file)?)
                 }
             };
-            let file = self.tree.file(current.file);
-            while current.offset < file.identity.size {
-                let end = file.identity.size.min(current.offset + u64::from(self.chunk_size));
+            let file = self.scanned.tree.file(current.file);
+            while current.offset < file.size {
+                let end = file.size.min(current.offset + u64::from(self.chunk_size));
                 let hole = match &mut current.holes {
                     Some(holes) => {
                         holes.contain(current.offset..end).map_err(|e| BuildError::Source {
                             action: "look for holes in",
-                            path: self.tree.path(file.first),
+                            path: self.scanned.path(file.first),
                             source: e.into(),
                         })?
                     }
@@ -154,31 +178,100 @@ impl<'t> Chunker<'t> {
                     return Ok(());
                 }
                 data_len += to_read;
-                run.pieces.push(Piece {
-                    file: current.file,
-                    offset: current.offset,
-                    len,
-                    hole,
-                    start: 0,
-                    digest: [0; 32],
-                    crc32c: 0,
-                    stored: Stored::Duplicate,
-                });
+                run.pieces.push(Piece::new(file.data, current.offset, len, hole));
                 current.offset = end;
             }
             if let Some(holes) = &current.holes {
-                unchanged(self.tree, file, holes.fd.as_fd())?;
+                unchanged(self.scanned, current.file, holes.fd.as_fd())?;
             }
             self.current = None;
         }
     }
 }
 
+impl<'t> Source for Chunker<'t> {
+    type Loader = FileLoader<'t>;
+
+    fn loader(&self) -> FileLoader<'t> {
+        FileLoader { scanned: self.scanned, cursor: Cursor::default() }
+    }
+
+    fn fill(&mut self, run: &mut Run) -> bool {
+        run.clear(self.next_run);
+        match self.add_pieces(run) {
+            Ok(()) if run.pieces.is_empty() => return false,
+            Ok(()) => {}
+            Err(e) => run.failure = Some(e),
+        }
+        self.next_run += 1;
+        true
+    }
+
+    fn runs(&self) -> u64 {
+        self.next_run
+    }
+}
+
+/// Reads chunks of the files of a directory.
+pub struct FileLoader<'t> {
+    scanned: &'t Scanned,
+    cursor: Cursor,
+}
+
+impl Loader for FileLoader<'_> {
+    fn load(&mut self, run: &mut Run) -> Result<(), BuildError> {
+        let Run { pieces, data, .. } = run;
+        let mut start = 0;
+        for pieces in pieces.chunk_by_mut(|a, b| a.file == b.file) {
+            // Files of a directory have their data in their own order.
+            let id = self.scanned.tree.file_at(pieces[0].file);
+            let path = || self.scanned.path(self.scanned.tree.file(id).first);
+            let mut fd = None;
+            for piece in pieces.iter_mut().filter(|piece| !piece.hole) {
+                let fd = match &mut fd {
+                    Some(fd) => fd,
+                    none => none.insert(self.cursor.file(self.scanned, id)?),
+                };
+                let end = start + piece.len as usize;
+                if data.len() < end {
+                    data.resize(end, 0);
+                }
+                let bytes = &mut data[start..end];
+                let mut done = 0;
+                while done < bytes.len() {
+                    match pread(&*fd, &mut bytes[done..], piece.offset + done as u64) {
+                        Ok(0) => {
+                            return Err(BuildError::Changed {
+                                path: path(),
+                                what: "it became shorter",
+                            });
+                        }
+                        Ok(n) => done += n,
+                        Err(Errno::INTR) => {}
+                        Err(e) => {
+                            return Err(BuildError::Source {
+                                action: "read",
+                                path: path(),
+                                source: e.into(),
+                            });
+                        }
+                    }
+                }
+                piece.start = start;
+                start = end;
+            }
+            if let Some(fd) = fd {
+                unchanged(self.scanned, id, fd.as_fd())?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Current {
-    fn open(tree: &Tree, cursor: &mut Cursor, id: FileId) -> Result<Current, BuildError> {
-        let file = tree.file(id);
-        let holes = if file.may_have_holes {
-            Some(Holes { fd: cursor.file(tree, file)?, data: 0..0 })
+    fn open(scanned: &Scanned, cursor: &mut Cursor, id: FileId) -> Result<Current, BuildError> {
+        let holes = if scanned.source(id).may_have_holes {
+            Some(Holes { fd: cursor.file(scanned, id)?, data: 0..0 })
         } else {
             None
         };
@@ -213,6 +306,7 @@ impl Holes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::build::scan::Marks;
     use crate::build::whiteout::WhiteoutSpec;
     use indicatif::ProgressBar;
     use std::fs;
@@ -220,15 +314,17 @@ mod tests {
 
     /// (file name, offset, length, hole) of each chunk, run by run.
     fn cut(dir: &std::path::Path, chunk_size: u32) -> Vec<Vec<(String, u64, u32, bool)>> {
-        let tree = Tree::scan(dir, WhiteoutSpec::Oci, &ProgressBar::hidden()).unwrap();
-        let mut chunker = Chunker::new(&tree, tree.file_ids().collect(), chunk_size);
+        let hidden = ProgressBar::hidden();
+        let scanned = Scanned::scan(dir, WhiteoutSpec::Oci, Marks::Drop, &hidden).unwrap();
+        let tree = &scanned.tree;
+        let mut chunker = Chunker::new(&scanned, tree.file_ids().collect(), chunk_size);
         let mut runs = Vec::new();
         let mut run = Run::default();
         while chunker.fill(&mut run) {
             assert!(run.failure.is_none());
             assert_eq!(run.number, runs.len() as u64);
             let name = |p: &Piece| {
-                let node = tree.node(tree.file(p.file).first);
+                let node = tree.node(tree.file(tree.file_at(p.file)).first);
                 String::from_utf8(node.name.to_vec()).unwrap()
             };
             runs.push(run.pieces.iter().map(|p| (name(p), p.offset, p.len, p.hole)).collect());

@@ -1,29 +1,44 @@
 //! The image tool: builds images, shows what is in them, verifies them.
 //!
-//! `create` takes a directory and writes a RAFS v6 bootstrap and its data blob, in this order:
-//! `tree` (what is in the source) · `prefetch` (which files come first) · `chunker` (files into runs
-//! of chunks) · `pipeline` (read, hash and compress them on all cores) · `dedup` (number the distinct
-//! ones) · `blob_file` (their bytes and the chunk-info array) · `place` (where inodes go) · `write`
-//! (the bootstrap). The same tree gives the same bytes on every run and for every number of threads.
+//! `create` takes a directory or a tar stream and writes a RAFS v6 bootstrap and its data blob. Of a
+//! directory: `scan` (what is in it) · `prefetch` (which files come first) · `chunker` (files into runs
+//! of chunks). Of a stream: `tar` (its entries) · `layer` (entries into a `draft` of the tree and into
+//! runs). From there the way is one: `pipeline` (read, hash and compress runs on all cores) · `dedup`
+//! (number the distinct chunks, know those of a parent or dictionary) · `blob_file`, `packed` (their
+//! bytes and what tells where they are) · `overlay` (a layer on those below it) · `place` (where inodes
+//! go) · `write` (the bootstrap). The same source gives the same bytes on every run and for every
+//! number of threads.
 //!
-//! `inspect` and `check` read what `image_file` opens.
+//! `merge` makes an image of the bootstraps of layers, which `load` reads. `unpack` goes the other
+//! way, `stat`, `inspect` and `check` read what `image_file` opens.
 #![forbid(unsafe_code)]
 
 pub mod blob_file;
 pub mod check;
 pub mod chunker;
+pub mod compose;
 pub mod create;
 pub mod dedup;
 pub mod dirent;
+pub mod draft;
 pub mod error;
 pub mod image_file;
 pub mod inspect;
+pub mod layer;
+pub mod load;
+pub mod merge;
+pub mod merge_cli;
 pub mod output;
+pub mod overlay;
+pub mod packed;
 pub mod pipeline;
 pub mod place;
 pub mod prefetch;
+pub mod scan;
 pub mod source;
+pub mod tar;
 pub mod tree;
+pub mod used;
 pub mod whiteout;
 pub mod write;
 pub mod xattrs;

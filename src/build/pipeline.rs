@@ -1,8 +1,8 @@
 //! Reads, hashes, deduplicates, compresses and stores all chunks, on all cores, in a fixed order.
 //!
-//! A run goes round: the chunker cuts it, a worker reads and hashes it, the caller's thread admits
+//! A run goes round: the source (see `chunker`) cuts it, a worker reads and hashes it, the caller's thread admits
 //! its chunks in the order of the runs, a worker compresses the new ones, the writer stores them in
-//! the order of the runs, and the empty run goes back to the chunker. What is admitted and stored
+//! the order of the runs, and the empty run goes back to the source. What is admitted and stored
 //! never depends on which worker was faster.
 //!
 //! Memory is bounded by the number of runs, 2 for each worker and 2 more: each holds at most
@@ -13,21 +13,19 @@
 //! A failure is reported when its run's turn comes, so the same tree gives the same message.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::sync::OnceLock;
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use indicatif::ProgressBar;
-use rustix::io::pread;
 
 use super::blob_file::BlobWriter;
-use super::chunker::{Chunker, Run, Stored};
+use super::chunker::{Loader, Run, Source, Stored};
 use super::dedup::Chunks;
 use super::error::BuildError;
-use super::source::{Cursor, unchanged};
-use super::tree::{FileId, Tree};
+use super::tree::FileChunks;
 use crate::rafs::codec::{Compressor, Digester};
-use crate::rafs::id::ChunkIndex;
 
 /// How chunks are made.
 #[derive(Clone, Copy, Debug)]
@@ -38,28 +36,6 @@ pub struct Settings {
     pub chunk_size: u32,
     /// Workers, at least 1.
     pub threads: usize,
-}
-
-/// Which chunks each file consists of.
-#[derive(Debug)]
-pub struct FileChunks {
-    /// Chunks of all files in the order in which they were stored.
-    all: Vec<ChunkIndex>,
-    /// Start of each file's in `all`.
-    start: Vec<usize>,
-}
-
-impl FileChunks {
-    /// The chunks of a file with `count` of them.
-    pub fn of(&self, file: FileId, count: usize) -> &[ChunkIndex] {
-        let start = self.start[file.index()];
-        &self.all[start..start + count]
-    }
-
-    /// Number of chunks of all files, shared ones counted for each use.
-    pub fn total(&self) -> usize {
-        self.all.len()
-    }
 }
 
 /// What the caller's thread hears from the others.
@@ -89,14 +65,22 @@ enum Job {
     Compress(Run),
 }
 
-/// Stores the files in `order`; `progress` counts their bytes.
-pub fn store(
-    tree: &Tree,
-    order: Vec<FileId>,
+/// What [`store`] gives back.
+pub struct Stores<'d, S, W> {
+    pub source: S,
+    pub chunks: Chunks<'d>,
+    pub files: FileChunks,
+    pub blob: BlobWriter<W>,
+}
+
+/// Stores everything that comes from `source`, with `chunks` being known; `progress` counts bytes.
+pub fn store<'d, S: Source, W: Write + Send>(
+    source: S,
     settings: Settings,
-    blob: BlobWriter,
+    mut chunks: Chunks<'d>,
+    blob: BlobWriter<W>,
     progress: &ProgressBar,
-) -> Result<(Chunks, FileChunks, BlobWriter), BuildError> {
+) -> Result<Stores<'d, S, W>, BuildError> {
     let runs = settings.threads * 2 + 2;
     // Every channel has room for all runs, so no send ever waits.
     let (job_tx, job_rx) = bounded(runs);
@@ -108,21 +92,23 @@ pub fn store(
         free_tx.send(Run::default()).expect("there is room and a receiver");
     }
     let zeros = Zeros::new(settings);
-    let chunker = Chunker::new(tree, order, settings.chunk_size);
     thread::scope(|scope| {
         for _ in 0..settings.threads {
             let (jobs, events, written) = (job_rx.clone(), event_tx.clone(), write_tx.clone());
             let zeros = &zeros;
+            let loader = source.loader();
             scope.spawn(move || {
                 let _alarm = PanicAlarm(events.clone());
-                Worker::new(tree, settings, zeros).work(&jobs, &events, &written);
+                Worker::new(loader, settings, zeros).work(&jobs, &events, &written);
             });
         }
         drop(write_tx);
         let (jobs, events) = (job_tx.clone(), event_tx.clone());
-        scope.spawn(move || {
+        let cutter = scope.spawn(move || {
             let _alarm = PanicAlarm(events.clone());
-            cut(chunker, &free_rx, &stop_rx, &jobs, &events);
+            let mut source = source;
+            cut(&mut source, &free_rx, &stop_rx, &jobs, &events);
+            source
         });
         let writer = scope.spawn(move || {
             let alarm = PanicAlarm(event_tx);
@@ -133,21 +119,23 @@ pub fn store(
             }
             result
         });
-        let admitted = admit(tree, &event_rx, &job_tx, progress);
+        let admitted = admit(&mut chunks, &event_rx, &job_tx, progress);
         drop((job_tx, stop_tx));
         let written = writer.join().expect("the writer does not panic");
-        let (chunks, files) = match admitted {
-            Ok(Some(admitted)) => admitted,
+        let files = match admitted {
+            Ok(Some(files)) => files,
             Ok(None) => return Err(written.err().expect("otherwise a thread has panicked")),
             Err(e) => return Err(e),
         };
-        Ok((chunks, files, written?))
+        let blob = written?;
+        let source = cutter.join().expect("the cutter does not panic");
+        Ok(Stores { source, chunks, files, blob })
     })
 }
 
 /// Cuts files into runs until there are no more, or nobody wants them.
 fn cut(
-    mut chunker: Chunker<'_>,
+    source: &mut impl Source,
     free: &Receiver<Run>,
     stop: &Receiver<()>,
     jobs: &Sender<Job>,
@@ -158,8 +146,8 @@ fn cut(
             recv(free) -> run => match run { Ok(run) => run, Err(_) => return },
             recv(stop) -> _ => return,
         };
-        if !chunker.fill(&mut run) {
-            events.send(Event::Cut(chunker.runs())).ok();
+        if !source.fill(&mut run) {
+            events.send(Event::Cut(source.runs())).ok();
             return;
         }
         // A send fails only if the build has failed and the receivers are gone.
@@ -176,13 +164,12 @@ fn cut(
 
 /// Numbers the chunks of all runs in their order. `None` if another thread has failed.
 fn admit(
-    tree: &Tree,
+    chunks: &mut Chunks<'_>,
     events: &Receiver<Event>,
     jobs: &Sender<Job>,
     progress: &ProgressBar,
-) -> Result<Option<(Chunks, FileChunks)>, BuildError> {
-    let mut chunks = Chunks::default();
-    let mut files = FileChunks { all: Vec::new(), start: vec![0; tree.files().len()] };
+) -> Result<Option<FileChunks>, BuildError> {
+    let mut files = FileChunks::default();
     let mut early = BTreeMap::new();
     let (mut next, mut total) = (0, None);
     while total != Some(next) {
@@ -198,28 +185,28 @@ fn admit(
             next += 1;
             let mut bytes = 0;
             for piece in &mut run.pieces {
-                let (index, new) =
+                let (addr, new) =
                     chunks.admit(piece.digest, piece.len, piece.crc32c, piece.offset)?;
                 piece.stored = if new { Stored::Plain } else { Stored::Duplicate };
                 if piece.offset == 0 {
-                    files.start[piece.file.index()] = files.all.len();
+                    files.begin(piece.file);
                 }
-                files.all.push(index);
+                files.push(addr);
                 bytes += u64::from(piece.len);
             }
             progress.inc(bytes);
             jobs.send(Job::Compress(run)).expect("the workers wait for jobs");
         }
     }
-    Ok(Some((chunks, files)))
+    Ok(Some(files))
 }
 
 /// Stores the new chunks of all runs in their order.
-fn write(
-    mut blob: BlobWriter,
+fn write<W: Write>(
+    mut blob: BlobWriter<W>,
     runs: &Receiver<Run>,
     free: &Sender<Run>,
-) -> Result<BlobWriter, BuildError> {
+) -> Result<BlobWriter<W>, BuildError> {
     let mut early = BTreeMap::new();
     let mut next = 0;
     for run in runs {
@@ -278,18 +265,16 @@ impl Zeros {
 }
 
 /// One thread that reads and compresses.
-struct Worker<'t> {
-    tree: &'t Tree,
+struct Worker<'t, L> {
     settings: Settings,
     zeros: &'t Zeros,
-    cursor: Cursor,
+    loader: L,
     packer: Packer,
 }
 
-impl<'t> Worker<'t> {
-    fn new(tree: &'t Tree, settings: Settings, zeros: &'t Zeros) -> Worker<'t> {
-        let packer = Packer::new(settings.compressor);
-        Worker { tree, settings, zeros, cursor: Cursor::default(), packer }
+impl<'t, L: Loader> Worker<'t, L> {
+    fn new(loader: L, settings: Settings, zeros: &'t Zeros) -> Worker<'t, L> {
+        Worker { settings, zeros, loader, packer: Packer::new(settings.compressor) }
     }
 
     fn work(&mut self, jobs: &Receiver<Job>, events: &Sender<Event>, written: &Sender<Run>) {
@@ -315,54 +300,17 @@ impl<'t> Worker<'t> {
         }
     }
 
-    /// Reads and digests the chunks of a run, file by file.
+    /// Reads and digests the chunks of a run.
     fn read(&mut self, run: &mut Run) -> Result<(), BuildError> {
-        let Run { pieces, data, .. } = run;
-        let mut start = 0;
-        for pieces in pieces.chunk_by_mut(|a, b| a.file == b.file) {
-            let file = self.tree.file(pieces[0].file);
-            let mut fd = None;
-            for piece in pieces.iter_mut() {
-                if piece.hole {
-                    (piece.digest, piece.crc32c) = self.zeros.digest(piece.len);
-                    continue;
-                }
-                let fd = match &mut fd {
-                    Some(fd) => fd,
-                    none => none.insert(self.cursor.file(self.tree, file)?),
-                };
-                let end = start + piece.len as usize;
-                if data.len() < end {
-                    data.resize(end, 0);
-                }
-                let bytes = &mut data[start..end];
-                let mut done = 0;
-                while done < bytes.len() {
-                    let at = piece.offset + done as u64;
-                    match pread(&*fd, &mut bytes[done..], at) {
-                        Ok(0) => {
-                            let path = self.tree.path(file.first);
-                            return Err(BuildError::Changed { path, what: "it became shorter" });
-                        }
-                        Ok(n) => done += n,
-                        Err(rustix::io::Errno::INTR) => {}
-                        Err(e) => {
-                            return Err(BuildError::Source {
-                                action: "read",
-                                path: self.tree.path(file.first),
-                                source: e.into(),
-                            });
-                        }
-                    }
-                }
-                piece.start = start;
-                piece.digest = self.settings.digester.digest(bytes);
-                piece.crc32c = crc32c::crc32c(bytes);
-                start = end;
+        self.loader.load(run)?;
+        for piece in &mut run.pieces {
+            if piece.hole {
+                (piece.digest, piece.crc32c) = self.zeros.digest(piece.len);
+                continue;
             }
-            if let Some(fd) = fd {
-                unchanged(self.tree, file, std::os::fd::AsFd::as_fd(&fd))?;
-            }
+            let bytes = &run.data[piece.start..piece.start + piece.len as usize];
+            piece.digest = self.settings.digester.digest(bytes);
+            piece.crc32c = crc32c::crc32c(bytes);
         }
         Ok(())
     }
@@ -443,25 +391,28 @@ impl Packer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::build::blob_file::BlobTarget;
+    use crate::build::chunker::Chunker;
+    use crate::build::output::Output;
+    use crate::build::scan::{Marks, Scanned};
     use crate::build::whiteout::WhiteoutSpec;
     use std::fs;
     use std::path::Path;
 
-    fn scan(dir: &Path) -> Tree {
-        Tree::scan(dir, WhiteoutSpec::Oci, &ProgressBar::hidden()).unwrap()
+    fn scan(dir: &Path) -> Scanned {
+        Scanned::scan(dir, WhiteoutSpec::Oci, Marks::Drop, &ProgressBar::hidden()).unwrap()
     }
 
-    fn store_all(tree: &Tree, out: &Path, threads: usize) -> Result<FileChunks, BuildError> {
+    fn store_all(scanned: &Scanned, out: &Path, threads: usize) -> Result<FileChunks, BuildError> {
         let settings = Settings {
             compressor: Compressor::Zstd,
             digester: Digester::Blake3,
             chunk_size: 4096,
             threads,
         };
-        let blob = BlobWriter::create(BlobTarget::Dir(out.to_owned())).unwrap();
-        let order = tree.file_ids().collect();
-        store(tree, order, settings, blob, &ProgressBar::hidden()).map(|(_, files, _)| files)
+        let blob = BlobWriter::new(Output::create(out)?);
+        let order = scanned.tree.file_ids().collect();
+        let source = Chunker::new(scanned, order, settings.chunk_size);
+        store(source, settings, Chunks::default(), blob, &ProgressBar::hidden()).map(|s| s.files)
     }
 
     #[test]

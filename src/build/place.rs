@@ -86,7 +86,7 @@ fn place(tree: &Tree, id: NodeId, chunk_size: u32, space: &mut Space) -> Place {
         }
         Kind::Symlink(target) => target.len() as u64,
         Kind::File(file) => {
-            let chunks = chunk_count(tree.file(*file).identity.size, chunk_size);
+            let chunks = chunk_count(tree.file(*file).size, chunk_size);
             let len = inode_len.next_multiple_of(8) + chunks * size_of::<ChunkAddr>() as u64;
             return Place { inode: space.take(len, false), ..Place::default() };
         }

@@ -50,10 +50,11 @@ impl Patterns {
         Ok(Patterns(patterns))
     }
 
-    /// The paths of the tree that are named, in the order of the patterns.
+    /// The paths of the tree that are named, in the order of the patterns; says in the log which are
+    /// not there.
     pub fn find(&self, tree: &Tree) -> Vec<NodeId> {
         let find = |parts: &Vec<Vec<u8>>| {
-            let found = parts.iter().try_fold(NodeId::ROOT, |dir, name| tree.child(dir, name));
+            let found = find(tree, parts);
             if found.is_none() {
                 let shown = parts.join(&b'/').escape_ascii().to_string();
                 log::warn!("prefetch pattern /{shown}: no such path in the image");
@@ -62,6 +63,15 @@ impl Patterns {
         };
         self.0.iter().filter_map(find).collect()
     }
+
+    /// The same without a word, for a tree that is not the image yet.
+    pub fn find_quietly(&self, tree: &Tree) -> Vec<NodeId> {
+        self.0.iter().filter_map(|parts| find(tree, parts)).collect()
+    }
+}
+
+fn find(tree: &Tree, parts: &[Vec<u8>]) -> Option<NodeId> {
+    parts.iter().try_fold(NodeId::ROOT, |dir, name| tree.child(dir, name))
 }
 
 /// The order in which files are stored: what is at or below `first`, then the rest of the tree.
@@ -87,6 +97,7 @@ pub fn data_order(tree: &Tree, first: &[NodeId]) -> Vec<FileId> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::build::scan::{Marks, Scanned};
     use crate::build::whiteout::WhiteoutSpec;
     use indicatif::ProgressBar;
     use std::fs;
@@ -101,7 +112,8 @@ mod tests {
             fs::write(dir.path().join(path), path).unwrap();
         }
         fs::hard_link(dir.path().join("z/y"), dir.path().join("c")).unwrap();
-        let tree = Tree::scan(dir.path(), WhiteoutSpec::Oci, &ProgressBar::hidden()).unwrap();
+        let hidden = ProgressBar::hidden();
+        let tree = Scanned::scan(dir.path(), WhiteoutSpec::Oci, Marks::Drop, &hidden).unwrap().tree;
         // (patterns, paths found, order of the files)
         let cases: [(&str, &[&str], &[&str]); 6] = [
             ("", &[], &["a", "b", "c", "d/c", "d/e/f"]),
@@ -112,10 +124,7 @@ mod tests {
             ("/b/../a\n/a/\n", &["a"], &["a", "b", "c", "d/c", "d/e/f"]),
         ];
         for (patterns, found, order) in cases {
-            let show = |id| {
-                let path = tree.path(id);
-                path.strip_prefix(dir.path()).unwrap().to_str().unwrap().to_owned()
-            };
+            let show = |id| tree.path(id).to_str().unwrap().to_owned();
             let first = Patterns::read(patterns.as_bytes()).unwrap().find(&tree);
             assert_eq!(first.iter().map(|&id| show(id)).collect::<Vec<_>>(), found, "{patterns:?}");
             let files = data_order(&tree, &first);

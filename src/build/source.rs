@@ -11,7 +11,8 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::{Mode, OFlags, Stat, fstat, openat};
 
 use super::error::BuildError;
-use super::tree::{File, NodeId, Tree};
+use super::scan::Scanned;
+use super::tree::{FileId, NodeId};
 
 const OPEN_DIR: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -27,52 +28,55 @@ pub struct Cursor {
 
 impl Cursor {
     /// Opens a directory of the tree.
-    pub fn dir(&mut self, tree: &Tree, dir: NodeId) -> io::Result<BorrowedFd<'_>> {
+    pub fn dir(&mut self, scanned: &Scanned, dir: NodeId) -> io::Result<BorrowedFd<'_>> {
         let last = self.at.take();
         let mut below = Vec::new();
         let mut id = dir;
         while id != NodeId::ROOT && last.as_ref().is_none_or(|(at, _)| *at != id) {
             below.push(id);
-            id = tree.node(id).parent;
+            id = scanned.tree.node(id).parent;
         }
         let mut fd = match last {
             Some((at, fd)) if at == id => fd,
-            _ => openat(tree.root(), ".", OPEN_DIR, Mode::empty())?,
+            _ => openat(scanned.root(), ".", OPEN_DIR, Mode::empty())?,
         };
         for id in below.into_iter().rev() {
-            fd = openat(&fd, OsStr::from_bytes(&tree.node(id).name), OPEN_DIR, Mode::empty())?;
+            let name = OsStr::from_bytes(&scanned.tree.node(id).name);
+            fd = openat(&fd, name, OPEN_DIR, Mode::empty())?;
         }
         Ok(self.at.insert((dir, fd)).1.as_fd())
     }
 
     /// Opens a regular file of the tree, after making sure that it is still the one that was
     /// scanned.
-    pub fn file(&mut self, tree: &Tree, file: &File) -> Result<OwnedFd, BuildError> {
-        let node = tree.node(file.first);
+    pub fn file(&mut self, scanned: &Scanned, file: FileId) -> Result<OwnedFd, BuildError> {
+        let first = scanned.tree.file(file).first;
+        let node = scanned.tree.node(first);
         let fd = self
-            .dir(tree, node.parent)
+            .dir(scanned, node.parent)
             .and_then(|dir| {
                 Ok(openat(dir, OsStr::from_bytes(&node.name), OPEN_FILE, Mode::empty())?)
             })
             .map_err(|source| BuildError::Source {
                 action: "open",
-                path: tree.path(file.first),
+                path: scanned.path(first),
                 source,
             })?;
-        unchanged(tree, file, fd.as_fd())?;
+        unchanged(scanned, file, fd.as_fd())?;
         Ok(fd)
     }
 }
 
 /// Refuses a file whose content may differ from what was scanned.
-pub fn unchanged(tree: &Tree, file: &File, fd: BorrowedFd<'_>) -> Result<(), BuildError> {
+pub fn unchanged(scanned: &Scanned, file: FileId, fd: BorrowedFd<'_>) -> Result<(), BuildError> {
+    let path = || scanned.path(scanned.tree.file(file).first);
     let now = fstat(fd).map_err(|e| BuildError::Source {
         action: "examine",
-        path: tree.path(file.first),
+        path: path(),
         source: e.into(),
     })?;
     let now = Identity::of(&now);
-    let was = &file.identity;
+    let was = scanned.source(file).identity;
     let what = if (now.dev, now.ino) != (was.dev, was.ino) {
         "another file has its name"
     } else if now.size != was.size {
@@ -82,7 +86,7 @@ pub fn unchanged(tree: &Tree, file: &File, fd: BorrowedFd<'_>) -> Result<(), Bui
     } else {
         return Ok(());
     };
-    Err(BuildError::Changed { path: tree.path(file.first), what })
+    Err(BuildError::Changed { path: path(), what })
 }
 
 /// What tells one state of a file's content from another.

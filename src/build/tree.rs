@@ -1,30 +1,19 @@
-//! The source tree as it was when it was scanned: names, attributes, hard links; no file data.
+//! The tree of an image: names, attributes, hard links; no file data.
 //!
 //! Nodes are numbered as nydus-image does: all children of a directory, in byte order of their
 //! names, then the sub-directories are entered in that order. Data is stored and inode numbers are
 //! given in this order.
 //!
-//! Memory: about 120 bytes and the name for each path, 80 more for each regular file.
+//! Memory: about 120 bytes and the name for each path, 32 more for each regular file.
 
-use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
-use std::io;
+use std::ffi::OsStr;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
-
-use indicatif::ProgressBar;
-use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, Stat, fstat, major, minor, open, readlinkat, statat,
-};
-use rustix::io::Errno;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use super::error::BuildError;
-use super::source::{Cursor, Identity};
-use super::whiteout::WhiteoutSpec;
-use super::xattrs::{self, Xattr};
-use crate::rafs::layout::{NAME_MAX, SYMLINK_MAX};
+use super::xattrs::Xattr;
+use crate::rafs::layout::{ChunkAddr, LayerMark};
 
 /// Position of a path in the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,6 +39,26 @@ impl FileId {
     pub fn index(self) -> usize {
         self.0 as usize
     }
+
+    /// The file's data, in a tree whose files have it in their own order.
+    pub fn data(self) -> DataId {
+        DataId(self.0)
+    }
+}
+
+/// Position of a file's chunks in [`FileChunks`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DataId(u32);
+
+impl DataId {
+    /// The data of the `n`-th file.
+    pub fn new(n: usize) -> Result<DataId, BuildError> {
+        u32::try_from(n).map(DataId).map_err(|_| too_many_paths())
+    }
+
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
 }
 
 /// One path.
@@ -68,6 +77,8 @@ pub struct Node {
     /// Sorted by full name; of the names of a hard-linked file only the first carries them.
     pub xattrs: Box<[Xattr]>,
     pub kind: Kind,
+    /// What a layer that is not merged yet says about the path.
+    pub mark: LayerMark,
 }
 
 /// What a path is.
@@ -90,59 +101,103 @@ pub struct File {
     pub first: NodeId,
     /// Names it has in the tree.
     pub names: u32,
-    pub identity: Identity,
-    /// False if the file system says that all of it is allocated.
-    pub may_have_holes: bool,
+    /// Bytes.
+    pub size: u64,
+    pub data: DataId,
 }
 
-/// A scanned source tree.
+/// Which chunks each file consists of. Memory: 8 bytes for each chunk, 8 for each file.
+#[derive(Debug, Default)]
+pub struct FileChunks {
+    /// Chunks of all files in the order in which they were found.
+    all: Vec<ChunkAddr>,
+    /// Start of each file's in `all`.
+    start: Vec<usize>,
+}
+
+impl FileChunks {
+    /// The chunks of a file with `count` of them.
+    pub fn of(&self, data: DataId, count: usize) -> &[ChunkAddr] {
+        if count == 0 {
+            return &[];
+        }
+        let start = self.start[data.index()];
+        &self.all[start..start + count]
+    }
+
+    pub fn of_mut(&mut self, data: DataId, count: usize) -> &mut [ChunkAddr] {
+        if count == 0 {
+            return &mut [];
+        }
+        let start = self.start[data.index()];
+        &mut self.all[start..start + count]
+    }
+
+    /// The chunks that are added from here on are those of this file.
+    pub fn begin(&mut self, data: DataId) {
+        if self.start.len() <= data.index() {
+            self.start.resize(data.index() + 1, 0);
+        }
+        self.start[data.index()] = self.all.len();
+    }
+
+    pub fn push(&mut self, chunk: ChunkAddr) {
+        self.all.push(chunk);
+    }
+
+    /// Number of chunks of all files, shared ones counted for each use.
+    pub fn total(&self) -> usize {
+        self.all.len()
+    }
+
+    /// Number of files that are known.
+    pub fn files(&self) -> usize {
+        self.start.len()
+    }
+
+    /// Adds the files of `other`, whose numbers grow by `files`, at least [`FileChunks::files`].
+    pub fn append(&mut self, other: FileChunks, files: usize) {
+        self.start.resize(files, 0);
+        let shift = self.all.len();
+        self.start.extend(other.start.into_iter().map(|start| start + shift));
+        self.all.extend(other.all);
+    }
+
+    /// All chunks, to be told other devices.
+    pub fn all_mut(&mut self) -> &mut [ChunkAddr] {
+        &mut self.all
+    }
+}
+
+/// All paths of an image.
+#[derive(Default)]
 pub struct Tree {
-    path: PathBuf,
-    root: OwnedFd,
-    nodes: Vec<Node>,
-    files: Vec<File>,
+    pub(super) nodes: Vec<Node>,
+    pub(super) files: Vec<File>,
 }
 
 impl Tree {
-    /// Scans the directory `path`; `progress` counts the paths.
-    pub fn scan(
-        path: &Path,
-        whiteouts: WhiteoutSpec,
-        progress: &ProgressBar,
-    ) -> Result<Tree, BuildError> {
-        let fail = |e: Errno| BuildError::Source {
-            action: "open the directory",
-            path: path.to_owned(),
-            source: e.into(),
-        };
-        // The source itself may be named by a symbolic link.
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = open(path, flags, Mode::empty()).map_err(fail)?;
-        let stat = fstat(&root).map_err(fail)?;
-        let mut scan = Scan {
-            tree: Tree { path: path.to_owned(), root, nodes: Vec::new(), files: Vec::new() },
-            links: HashMap::new(),
-            whiteouts,
-        };
-        scan.add_root(&stat)?;
-        let mut cursor = Cursor::default();
-        let mut to_enter = vec![NodeId::ROOT];
-        while let Some(dir) = to_enter.pop() {
-            let children = scan.enter(&mut cursor, dir)?;
-            progress.inc(children.len() as u64);
-            let nodes = &scan.tree.nodes;
-            to_enter.extend(
-                children
-                    .rev()
-                    .map(NodeId)
-                    .filter(|id| matches!(nodes[id.index()].kind, Kind::Dir { .. })),
-            );
-        }
-        Ok(scan.tree)
+    /// The id that the next node gets.
+    pub(super) fn next_id(&self) -> u32 {
+        u32::try_from(self.nodes.len()).expect("checked when nodes are added")
     }
 
-    pub fn root(&self) -> BorrowedFd<'_> {
-        self.root.as_fd()
+    pub(super) fn next_node(&self) -> NodeId {
+        NodeId(self.next_id())
+    }
+
+    /// The id that the next file gets.
+    pub(super) fn next_file(&self) -> FileId {
+        FileId(u32::try_from(self.files.len()).expect("no more files than nodes"))
+    }
+
+    pub(super) fn add(&mut self, node: Node) -> Result<NodeId, BuildError> {
+        let id = u32::try_from(self.nodes.len())
+            .ok()
+            .filter(|&id| id < u32::MAX)
+            .ok_or_else(too_many_paths)?;
+        self.nodes.push(node);
+        Ok(NodeId(id))
     }
 
     pub fn node(&self, id: NodeId) -> &Node {
@@ -160,8 +215,12 @@ impl Tree {
 
     /// All paths in the order of the tree.
     pub fn ids(&self) -> impl Iterator<Item = NodeId> + use<> {
-        let count = u32::try_from(self.nodes.len()).expect("checked when nodes are added");
-        (0..count).map(NodeId)
+        (0..self.next_id()).map(NodeId)
+    }
+
+    /// The file of this data, in a tree whose files have it in their own order.
+    pub fn file_at(&self, data: DataId) -> FileId {
+        FileId(data.0)
     }
 
     pub fn file(&self, id: FileId) -> &File {
@@ -174,8 +233,7 @@ impl Tree {
 
     /// Regular files in the order of their first names.
     pub fn file_ids(&self) -> impl Iterator<Item = FileId> + use<> {
-        let count = u32::try_from(self.files.len()).expect("no more files than nodes");
-        (0..count).map(FileId)
+        (0..self.next_file().0).map(FileId)
     }
 
     /// Ids of the children of a directory; empty for anything else.
@@ -234,7 +292,7 @@ impl Tree {
         Some(NodeId(children.start + u32::try_from(at).ok()?))
     }
 
-    /// Path in the source, for messages.
+    /// Path below the root, without a slash in front; empty for the root.
     pub fn path(&self, id: NodeId) -> PathBuf {
         let mut names = Vec::new();
         let mut at = id;
@@ -242,236 +300,10 @@ impl Tree {
             names.push(OsStr::from_bytes(&self.node(at).name));
             at = self.node(at).parent;
         }
-        let mut path = self.path.clone();
-        path.extend(names.into_iter().rev());
-        path
+        names.into_iter().rev().collect()
     }
 }
 
-/// A scan on its way.
-struct Scan {
-    tree: Tree,
-    /// Regular files with more than one name.
-    links: HashMap<(u64, u64), FileId>,
-    whiteouts: WhiteoutSpec,
-}
-
-impl Scan {
-    fn add_root(&mut self, stat: &Stat) -> Result<(), BuildError> {
-        let xattrs = read_xattrs(self.tree.root(), b".", self.whiteouts)
-            .map_err(|e| e.at(&self.tree.path))?;
-        self.add(NodeId::ROOT, Box::default(), stat, xattrs, Kind::Dir { children: 0..0 })
-    }
-
-    fn add(
-        &mut self,
-        parent: NodeId,
-        name: Box<[u8]>,
-        stat: &Stat,
-        xattrs: Box<[Xattr]>,
-        kind: Kind,
-    ) -> Result<(), BuildError> {
-        if self.tree.nodes.len() >= u32::MAX as usize {
-            return Err(BuildError::Limit {
-                what: "the number of paths",
-                limit: u32::MAX.into(),
-                advice: "",
-            });
-        }
-        self.tree.nodes.push(Node {
-            parent,
-            name,
-            mode: u16::try_from(stat.st_mode & 0xFFFF).expect("masked"),
-            uid: stat.st_uid,
-            gid: stat.st_gid,
-            mtime: stat.st_mtime,
-            mtime_nsec: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
-            xattrs,
-            kind,
-        });
-        Ok(())
-    }
-
-    /// Adds the children of a directory; their ids.
-    fn enter(&mut self, cursor: &mut Cursor, dir: NodeId) -> Result<Range<u32>, BuildError> {
-        let fail = |tree: &Tree, source: io::Error| BuildError::Source {
-            action: "read the directory",
-            path: tree.path(dir),
-            source,
-        };
-        let fd = cursor.dir(&self.tree, dir).map_err(|e| fail(&self.tree, e))?;
-        let mut names = Vec::new();
-        for entry in Dir::read_from(fd).map_err(|e| fail(&self.tree, e.into()))? {
-            let entry = entry.map_err(|e| fail(&self.tree, e.into()))?;
-            let name = entry.file_name().to_bytes();
-            if name != b"." && name != b".." {
-                names.push(Box::<[u8]>::from(name));
-            }
-        }
-        names.sort_unstable();
-
-        let start = self.next_id();
-        for name in names {
-            self.add_child(fd, dir, name)?;
-        }
-        let children = start..self.next_id();
-        self.tree.nodes[dir.index()].kind = Kind::Dir { children: children.clone() };
-        Ok(children)
-    }
-
-    fn next_id(&self) -> u32 {
-        u32::try_from(self.tree.nodes.len()).expect("checked when nodes are added")
-    }
-
-    fn add_child(
-        &mut self,
-        dir_fd: BorrowedFd<'_>,
-        dir: NodeId,
-        name: Box<[u8]>,
-    ) -> Result<(), BuildError> {
-        let path = |tree: &Tree| {
-            let mut path = tree.path(dir);
-            path.push(OsStr::from_bytes(&name));
-            path
-        };
-        let fail = |tree: &Tree, action, e: Errno| BuildError::Source {
-            action,
-            path: path(tree),
-            source: e.into(),
-        };
-        let os_name = OsStr::from_bytes(&name);
-        let stat = statat(dir_fd, os_name, AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|e| fail(&self.tree, "examine", e))?;
-        let file_type = FileType::from_raw_mode(stat.st_mode);
-        if self.whiteouts.is_whiteout(&name, file_type, stat.st_rdev) {
-            return Ok(());
-        }
-        if name.len() > NAME_MAX {
-            return Err(BuildError::Unsupported {
-                path: path(&self.tree),
-                reason: format!("the name has {} bytes, RAFS allows {NAME_MAX}", name.len()),
-            });
-        }
-        let (kind, first_name) = match file_type {
-            FileType::Directory => (Kind::Dir { children: 0..0 }, true),
-            FileType::RegularFile => {
-                let (file, first) = self.add_file(&stat);
-                (Kind::File(file), first)
-            }
-            FileType::Symlink => {
-                let target = readlinkat(dir_fd, os_name, Vec::new())
-                    .map_err(|e| fail(&self.tree, "read the link", e))?
-                    .into_bytes();
-                if target.is_empty() || target.len() as u64 > SYMLINK_MAX {
-                    return Err(BuildError::Unsupported {
-                        path: path(&self.tree),
-                        reason: format!("the link's target has {} bytes", target.len()),
-                    });
-                }
-                (Kind::Symlink(target.into()), true)
-            }
-            FileType::CharacterDevice | FileType::BlockDevice => {
-                (Kind::Special { rdev: encode_rdev(stat.st_rdev) }, true)
-            }
-            FileType::Fifo | FileType::Socket => (Kind::Special { rdev: 0 }, true),
-            FileType::Unknown => {
-                return Err(BuildError::Unsupported {
-                    path: path(&self.tree),
-                    reason: format!("unknown type of file, mode {:o}", stat.st_mode),
-                });
-            }
-        };
-        let xattrs = if first_name {
-            read_xattrs(dir_fd, &name, self.whiteouts).map_err(|e| e.at(&path(&self.tree)))?
-        } else {
-            Box::default()
-        };
-        self.add(dir, name, &stat, xattrs, kind)
-    }
-
-    /// The file that the next node names, and whether this is its first name.
-    fn add_file(&mut self, stat: &Stat) -> (FileId, bool) {
-        let identity = Identity::of(stat);
-        let new = FileId(u32::try_from(self.tree.files.len()).expect("no more files than nodes"));
-        if stat.st_nlink > 1 {
-            let file = *self.links.entry(identity.link_key()).or_insert(new);
-            if file != new {
-                self.tree.files[file.index()].names += 1;
-                return (file, false);
-            }
-        }
-        let allocated = u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512);
-        self.tree.files.push(File {
-            first: NodeId(self.next_id()),
-            names: 1,
-            identity,
-            may_have_holes: allocated < identity.size,
-        });
-        (new, true)
-    }
-}
-
-/// The kernel's new encoding of a device number.
-fn encode_rdev(rdev: u64) -> u32 {
-    let (major, minor) = (major(rdev), minor(rdev));
-    (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & 0xF_FF00) << 12
-}
-
-/// Why the attributes of a file cannot be had.
-enum XattrFailure {
-    Read(io::Error),
-    Unsupported(String),
-}
-
-impl XattrFailure {
-    fn at(self, path: &Path) -> BuildError {
-        let path = path.to_owned();
-        match self {
-            XattrFailure::Read(source) => {
-                BuildError::Source { action: "read the extended attributes of", path, source }
-            }
-            XattrFailure::Unsupported(reason) => BuildError::Unsupported { path, reason },
-        }
-    }
-}
-
-/// The attributes of `name` in the directory `dir`, sorted, without whiteout marks.
-fn read_xattrs(
-    dir: BorrowedFd<'_>,
-    name: &[u8],
-    whiteouts: WhiteoutSpec,
-) -> Result<Box<[Xattr]>, XattrFailure> {
-    // There is no llistxattrat before Linux 6.13; this spelling works for every kind of file.
-    let mut path = OsString::from(format!("/proc/self/fd/{}/", dir.as_raw_fd())).into_vec();
-    path.extend_from_slice(name);
-    let path = PathBuf::from(OsString::from_vec(path));
-    let list = match xattr::list(&path) {
-        Ok(list) => list,
-        Err(e) if e.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => {
-            return Ok(Box::default());
-        }
-        Err(e) => return Err(XattrFailure::Read(e)),
-    };
-    let mut names: Vec<OsString> = list.collect();
-    if names.is_empty() {
-        return Ok(Box::default());
-    }
-    names.sort_unstable();
-    let mut found = Vec::with_capacity(names.len());
-    for name in names {
-        let value = xattr::get(&path, &name)
-            .and_then(|value| value.ok_or_else(|| Errno::NODATA.into()))
-            .map_err(XattrFailure::Read)?;
-        if whiteouts.is_opaque_mark(name.as_bytes(), &value) {
-            continue;
-        }
-        found.push(Xattr::new(name.as_bytes(), value).map_err(XattrFailure::Unsupported)?);
-    }
-    if xattrs::count_field(xattrs::area_len(&found)).is_none() {
-        let len = xattrs::area_len(&found);
-        return Err(XattrFailure::Unsupported(format!(
-            "its extended attributes need {len} bytes, RAFS allows 262148"
-        )));
-    }
-    Ok(found.into())
+pub(super) fn too_many_paths() -> BuildError {
+    BuildError::Limit { what: "the number of paths", limit: u32::MAX.into(), advice: "" }
 }

@@ -1,8 +1,29 @@
 //! Whiteouts: how a layer says that a name of a lower layer is gone.
 //!
-//! A directory is built as the lowest layer: there is nothing to remove, so the marks are dropped.
+//! What is built as the lowest layer has nothing to remove: its marks are dropped.
 
 use rustix::fs::FileType;
+
+use super::draft::{Body, Inode};
+use super::xattrs::Xattr;
+use crate::rafs::FileKind;
+
+/// Name of the entry that hides all that lower layers have in its directory.
+pub const OPAQUE: &[u8] = b".wh..wh..opq";
+const PREFIX: &[u8] = b".wh.";
+/// Names that AUFS needed for itself, and no file of a lower layer can have.
+const AUFS: &[u8] = b".wh..wh.";
+
+/// What an entry of a layer says instead of being a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// Everything of lower layers in this directory is gone.
+    Opaque,
+    /// This name of lower layers is gone.
+    Remove(Box<[u8]>),
+    /// Nothing that concerns anybody.
+    Nothing,
+}
 
 /// How the source tree marks removed names and opaque directories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -23,6 +44,40 @@ impl WhiteoutSpec {
             WhiteoutSpec::Overlayfs => file_type == FileType::CharacterDevice && rdev == 0,
             WhiteoutSpec::None => false,
         }
+    }
+
+    /// What the entry `name` of a directory says, if it is a mark.
+    pub fn mark(self, name: &[u8], inode: &Inode) -> Option<Mark> {
+        match self {
+            WhiteoutSpec::Oci if name == OPAQUE => Some(Mark::Opaque),
+            WhiteoutSpec::Oci => match name.strip_prefix(PREFIX)? {
+                _ if name.starts_with(AUFS) => Some(Mark::Nothing),
+                b"" | b"." | b".." => Some(Mark::Nothing),
+                removed => Some(Mark::Remove(removed.into())),
+            },
+            WhiteoutSpec::Overlayfs => {
+                let kind = FileKind::from_mode(inode.attributes.mode);
+                let zero = matches!(inode.body, Body::Special { rdev: 0 });
+                let removes = zero && kind == Some(FileKind::CharDevice);
+                removes.then(|| Mark::Remove(name.into()))
+            }
+            WhiteoutSpec::None => None,
+        }
+    }
+
+    /// True if the name alone says that an entry is a mark, so that its content means nothing.
+    pub fn is_mark_name(self, name: &[u8]) -> bool {
+        self == WhiteoutSpec::Oci && name.starts_with(PREFIX)
+    }
+
+    /// Takes the mark of an opaque directory off its attributes; true if it was there.
+    pub fn take_opaque_mark(self, xattrs: &mut Box<[Xattr]>) -> bool {
+        let is_mark = |x: &Xattr| self.is_opaque_mark(&x.full_name(), x.value());
+        if !xattrs.iter().any(is_mark) {
+            return false;
+        }
+        *xattrs = xattrs.iter().filter(|x| !is_mark(x)).cloned().collect();
+        true
     }
 
     /// True if an attribute of a directory is the mark of an opaque one.

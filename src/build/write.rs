@@ -15,20 +15,20 @@ use std::path::Path;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use super::blob_file::{Blob, FEATURES};
 use super::dirent::{self, Entry};
 use super::error::BuildError;
 use super::output::{Output, parent_dir};
-use super::pipeline::{FileChunks, Settings};
+use super::pipeline::Settings;
 use super::place::{self, Plan};
-use super::tree::{FileId, Kind, Node, NodeId, Tree};
+use super::tree::{File, FileChunks, FileId, Kind, Node, NodeId, Tree};
 use super::xattrs;
 use crate::rafs::FileKind;
+use crate::rafs::codec::{Compressor, Digester};
 use crate::rafs::layout::{
-    BLOCK_BITS, BLOCK_SIZE, BlobEntry, CHUNK_FORMAT_INDEXES, COMPAT_RAFS_V6, ChunkAddr,
-    ChunkRecord, DEVICE_SLOT_OFFSET, DEVICE_TABLE_OFFSET, DeviceSlot, EROFS_MAGIC,
+    BLOCK_BITS, BLOCK_SIZE, BlobEntry, BlobFeatures, CHUNK_FORMAT_INDEXES, COMPAT_RAFS_V6,
+    ChunkAddr, ChunkRecord, DEVICE_SLOT_OFFSET, DEVICE_TABLE_OFFSET, DeviceSlot, EROFS_MAGIC,
     EXT_SUPER_OFFSET, ExtSuperBlock, INCOMPAT_RAFS_V6, ImageFlags, InodeExtended,
-    LAYOUT_CHUNK_BASED, LAYOUT_FLAT_INLINE, LAYOUT_FLAT_PLAIN, SUPER_OFFSET, SuperBlock,
+    LAYOUT_CHUNK_BASED, LAYOUT_FLAT_INLINE, LAYOUT_FLAT_PLAIN, MAX_BLOBS, SUPER_OFFSET, SuperBlock,
 };
 
 /// Blobs follow the metadata in one address space from multiples of this many bytes on.
@@ -39,29 +39,63 @@ const EXTENDED: u16 = 1;
 /// All that goes into a bootstrap.
 pub struct Image<'a> {
     pub tree: &'a Tree,
-    pub settings: Settings,
+    pub defaults: Defaults,
     pub files: &'a FileChunks,
-    /// In the order of their indexes.
+    /// In any order.
     pub chunks: Vec<ChunkRecord>,
-    pub blob: Option<&'a Blob>,
+    /// In the order of the device numbers that the chunks of the files have.
+    pub blobs: &'a [BlobEntry],
     /// What a daemon should fetch first.
     pub prefetch: &'a [NodeId],
+}
+
+/// What the super block says of all blobs.
+#[derive(Clone, Copy, Debug)]
+pub struct Defaults {
+    pub compressor: Compressor,
+    pub digester: Digester,
+    /// Bytes, a power of two.
+    pub chunk_size: u32,
+}
+
+impl From<Settings> for Defaults {
+    fn from(settings: Settings) -> Defaults {
+        let Settings { compressor, digester, chunk_size, .. } = settings;
+        Defaults { compressor, digester, chunk_size }
+    }
 }
 
 impl Image<'_> {
     /// The bytes of the bootstrap.
     pub fn into_bytes(mut self) -> Result<Vec<u8>, BuildError> {
-        let prefetch = if self.blob.is_some() { self.prefetch } else { &[] };
-        let blob_table = (DEVICE_TABLE_OFFSET + size_of::<DeviceSlot>()) as u64;
+        let blobs = self.blobs;
+        if blobs.len() > MAX_BLOBS {
+            return Err(super::dedup::too_many_blobs());
+        }
+        let prefetch = if blobs.is_empty() { &[] } else { self.prefetch };
+        let device_table_len = size_of::<DeviceSlot>() * blobs.len().max(1);
+        let blob_table = (DEVICE_TABLE_OFFSET + device_table_len) as u64;
         let blob_table = blob_table.next_multiple_of(BLOCK_SIZE);
-        let prefetch_table = blob_table + size_of::<BlobEntry>() as u64;
+        let blob_table_len = size_of_val(blobs) as u64;
+        let prefetch_table = blob_table + blob_table_len;
         let prefetch_len = size_of_val(prefetch) as u64;
-        let meta_start = match self.blob {
-            Some(_) => (prefetch_table + prefetch_len).next_multiple_of(BLOCK_SIZE),
-            None => 0,
+        let meta_start = if blobs.is_empty() {
+            0
+        } else {
+            (prefetch_table + prefetch_len).next_multiple_of(BLOCK_SIZE)
         };
+        // The sum of their blocks has 32 bits in the super block.
+        let device_blocks: u64 =
+            blobs.iter().map(|blob| blob.uncompressed_size.get() / BLOCK_SIZE).sum();
+        if u32::try_from(device_blocks).is_err() {
+            return Err(BuildError::Limit {
+                what: "the bytes of all blobs",
+                limit: u64::from(u32::MAX) * BLOCK_SIZE,
+                advice: "",
+            });
+        }
         let tree = self.tree;
-        let chunk_size = self.settings.chunk_size;
+        let chunk_size = self.defaults.chunk_size;
         let plan = Plan::new(tree, meta_start, meta_start + BLOCK_SIZE, chunk_size);
         let chunk_table = plan.end;
         let chunk_table_len = size_of_val(&*self.chunks) as u64;
@@ -85,10 +119,22 @@ impl Image<'_> {
         ext.chunk_size = U32::new(chunk_size);
         ext.chunk_table_offset = U64::new(chunk_table);
         ext.chunk_table_size = U64::new(chunk_table_len);
-        if let Some(blob) = self.blob {
-            ext.blob_table_size = U32::new(size_u32::<BlobEntry>());
-            out.put(DEVICE_TABLE_OFFSET as u64, &device_slot(blob, len));
-            out.put(blob_table, &self.blob_entry(blob));
+        ext.blob_table_size = U32::new(u32_of(blob_table_len));
+        let mut mapped = len;
+        for (i, blob) in (0..).zip(blobs) {
+            let mut entry = *blob;
+            entry.blob_index = U32::new(i);
+            let blocks = blocks_of(blob.uncompressed_size.get());
+            mapped = mapped.next_multiple_of(MAPPED_ALIGN);
+            let mut slot = DeviceSlot::new_zeroed();
+            slot.tag = blob.blob_id;
+            slot.blocks = U32::new(blocks);
+            // Counts for a kernel that is given one device for all; beyond 16 TiB there is none.
+            slot.mapped_block = U32::new(u32::try_from(mapped / BLOCK_SIZE).unwrap_or(0));
+            mapped += u64::from(blocks) * BLOCK_SIZE;
+            let at = u64::from(i);
+            out.put(DEVICE_TABLE_OFFSET as u64 + at * size_of::<DeviceSlot>() as u64, &slot);
+            out.put(blob_table + at * size_of::<BlobEntry>() as u64, &entry);
         }
         if !prefetch.is_empty() {
             ext.prefetch_table_offset = U64::new(prefetch_table);
@@ -103,8 +149,8 @@ impl Image<'_> {
         for id in tree.ids().filter(|&id| tree.inode_of(id) == id) {
             self.put_inode(&mut out, &plan, id);
         }
-        // The index is unique, so it makes no difference that the sort is unstable.
-        self.chunks.sort_unstable_by_key(|r| (r.digest, r.index.get()));
+        // The index is unique in a blob, so it makes no difference that the sort is unstable.
+        self.chunks.sort_unstable_by_key(|r| (r.digest, r.blob_index.get(), r.index.get()));
         for (i, record) in (0..).zip(&self.chunks) {
             out.put(chunk_table + i * size_of::<ChunkRecord>() as u64, record);
         }
@@ -121,43 +167,26 @@ impl Image<'_> {
         sb.meta_block = U32::new(blocks_of(meta_start));
         sb.feature_incompat = U32::new(INCOMPAT_RAFS_V6);
         sb.device_slot_offset = U16::new(DEVICE_SLOT_OFFSET);
-        if let Some(blob) = self.blob {
-            sb.blocks = U32::new(blocks_of(blob.uncompressed_size));
-            sb.extra_devices = U16::new(1);
-        }
+        let blocks = self.blobs.iter().map(|blob| blob.uncompressed_size.get() / BLOCK_SIZE);
+        sb.blocks = U32::new(u32_of(blocks.sum()));
+        sb.extra_devices = U16::new(u16::try_from(self.blobs.len()).expect("at most 254"));
         sb
     }
 
     fn flags(&self) -> ImageFlags {
-        let mut flags = self.settings.compressor.image_flag()
-            | self.settings.digester.image_flag()
+        let mut flags = self.defaults.compressor.image_flag()
+            | self.defaults.digester.image_flag()
             | ImageFlags::EXPLICIT_UID_GID
             | ImageFlags::ENCRYPTION_NONE;
         if self.tree.ids().any(|id| !self.tree.node(id).xattrs.is_empty()) {
             flags |= ImageFlags::HAS_XATTR;
         }
-        if self.blob.is_none() {
-            // True of all blobs, as there are none: nydus-image says so too.
+        let inlined = BlobFeatures::INLINED_CHUNK_DIGEST.bits();
+        // True of all blobs if there are none: nydus-image says so too.
+        if self.blobs.iter().all(|blob| blob.features.get() & inlined != 0) {
             flags |= ImageFlags::INLINED_CHUNK_DIGEST;
         }
         flags
-    }
-
-    fn blob_entry(&self, blob: &Blob) -> BlobEntry {
-        let mut entry = BlobEntry::new_zeroed();
-        entry.blob_id = *blob.id.as_bytes();
-        entry.chunk_size = U32::new(self.settings.chunk_size);
-        entry.chunk_count = U32::new(u32_of(self.chunks.len() as u64));
-        entry.compressor = U32::new(self.settings.compressor as u32);
-        entry.digester = U32::new(self.settings.digester as u32);
-        entry.features = U32::new(FEATURES.bits());
-        entry.compressed_size = U64::new(blob.size);
-        entry.uncompressed_size = U64::new(blob.uncompressed_size);
-        entry.ci_compressor = U32::new(blob.ci_compressor as u32);
-        entry.ci_offset = U64::new(blob.ci_offset);
-        entry.ci_compressed_size = U64::new(blob.ci_compressed_size);
-        entry.ci_uncompressed_size = U64::new(blob.ci_uncompressed_size);
-        entry
     }
 
     fn put_inode(&self, out: &mut Out, plan: &Plan, id: NodeId) {
@@ -174,7 +203,7 @@ impl Image<'_> {
                 let at = place.inode + place::inode_len(tree, id).next_multiple_of(8);
                 let u = self.put_chunks(out, *file, at);
                 let file = tree.file(*file);
-                (file.identity.size, file.names, u)
+                (file.size, file.names, u)
             }
             Kind::Symlink(target) => {
                 let tail = place.inode + place::inode_len(tree, id);
@@ -202,6 +231,7 @@ impl Image<'_> {
         inode.mtime = U64::new(node.mtime.cast_unsigned());
         inode.mtime_nsec = U32::new(node.mtime_nsec);
         inode.nlink = U32::new(nlink);
+        inode.layer_mark = node.mark as u8;
         out.put(place.inode, &inode);
         if xattrs_len > 0 {
             let area = place.inode + size_of::<InodeExtended>() as u64;
@@ -211,17 +241,20 @@ impl Image<'_> {
 
     /// Writes the chunk addresses of a file; the chunk format of its inode.
     fn put_chunks(&self, out: &mut Out, id: FileId, at: u64) -> u32 {
-        let chunk_size = u64::from(self.settings.chunk_size);
-        let size = self.tree.file(id).identity.size;
-        let count = place::chunk_count(size, self.settings.chunk_size);
-        let chunks = if count == 0 { &[] } else { self.files.of(id, to_usize(count)) };
-        let offset = |i: usize| self.chunks[chunks[i].0 as usize].uncompressed_offset.get();
+        let chunk_size = u64::from(self.defaults.chunk_size);
+        let File { size, data, .. } = *self.tree.file(id);
+        let count = place::chunk_count(size, self.defaults.chunk_size);
+        let chunks = self.files.of(data, to_usize(count));
         for (i, chunk) in chunks.iter().enumerate() {
-            let addr = ChunkAddr::new(1, chunk.0, blocks_of(offset(i)));
-            out.put(at + (i * size_of::<ChunkAddr>()) as u64, &addr);
+            out.put(at + (i * size_of::<ChunkAddr>()) as u64, chunk);
         }
         // A file that lies in one piece is one chunk to the kernel, whose page cache likes that.
-        let in_one_piece = (1..chunks.len()).all(|i| offset(i) == offset(i - 1) + chunk_size);
+        let step = chunk_size / BLOCK_SIZE;
+        let follows = |a: ChunkAddr, b: ChunkAddr| {
+            a.device() == b.device()
+                && u64::from(b.start_block()) == u64::from(a.start_block()) + step
+        };
+        let in_one_piece = chunks.windows(2).all(|pair| follows(pair[0], pair[1]));
         let kernel_chunk =
             if in_one_piece && size > chunk_size { size.next_power_of_two() } else { chunk_size };
         CHUNK_FORMAT_INDEXES | (kernel_chunk.ilog2() - u32::from(BLOCK_BITS))
@@ -260,14 +293,6 @@ fn file_type(node: &Node) -> u8 {
     FileKind::from_mode(node.mode).expect("the scan refuses other types").to_dirent()
 }
 
-fn device_slot(blob: &Blob, bootstrap_len: u64) -> DeviceSlot {
-    let mut slot = DeviceSlot::new_zeroed();
-    slot.tag = *blob.id.as_bytes();
-    slot.blocks = U32::new(blocks_of(blob.uncompressed_size));
-    slot.mapped_block = U32::new(blocks_of(bootstrap_len.next_multiple_of(MAPPED_ALIGN)));
-    slot
-}
-
 /// Writes a bootstrap to `path`, which appears when it is complete.
 pub fn save(bytes: &[u8], path: &Path) -> Result<(), BuildError> {
     let mut out = Output::create(parent_dir(path))?;
@@ -300,10 +325,6 @@ fn blocks_of(bytes: u64) -> u32 {
 /// A number that a limit checked before keeps in 32 bits.
 fn u32_of(n: u64) -> u32 {
     u32::try_from(n).expect("a limit was checked before")
-}
-
-fn size_u32<T>() -> u32 {
-    u32::try_from(size_of::<T>()).expect("structures are small")
 }
 
 fn to_usize(n: u64) -> usize {

@@ -29,21 +29,16 @@ impl Xattr {
     /// An attribute by its full name; the error says why the format cannot hold it.
     pub fn new(full_name: &[u8], value: Vec<u8>) -> Result<Xattr, String> {
         let shown = full_name.escape_ascii();
-        let (prefix, name) = PREFIXES
-            .iter()
-            .find_map(|&(number, prefix)| {
-                let rest = full_name.strip_prefix(prefix)?;
-                let whole = !prefix.ends_with(b".");
-                (whole == rest.is_empty()).then_some((number, rest))
-            })
-            .ok_or_else(|| {
-                format!(
-                    "RAFS cannot store the extended attribute {shown}: only user.*, trusted.*, \
-                     security.* and POSIX ACLs"
-                )
-            })?;
-        if name.len() > 255 {
-            return Err(format!("the name of the extended attribute {shown} is too long"));
+        let (prefix, name) = prefix_of(full_name).ok_or_else(|| {
+            format!(
+                "RAFS cannot store the extended attribute {shown}: only user.*, trusted.*, \
+                 security.* and POSIX ACLs"
+            )
+        })?;
+        if full_name.len() > 255 || full_name.contains(&0) {
+            return Err(format!(
+                "the name of the extended attribute {shown} is too long or has a NUL in it"
+            ));
         }
         if value.len() > VALUE_MAX {
             return Err(format!(
@@ -54,10 +49,44 @@ impl Xattr {
         Ok(Xattr { prefix, name: name.into(), value: value.into() })
     }
 
+    /// True if the format has a number for the namespace of this name; Linux has no others that a
+    /// file system would store.
+    pub fn is_known(full_name: &[u8]) -> bool {
+        prefix_of(full_name).is_some()
+    }
+
+    pub fn full_name(&self) -> Vec<u8> {
+        let (_, prefix) = PREFIXES.iter().find(|(n, _)| *n == self.prefix).expect("made by new");
+        [prefix, &*self.name].concat()
+    }
+
+    pub fn value(&self) -> &[u8] {
+        &self.value
+    }
+
     /// Bytes of the entry, padded to 4.
     fn len(&self) -> usize {
         (size_of::<XattrEntry>() + self.name.len() + self.value.len()).next_multiple_of(4)
     }
+}
+
+/// The number of the prefix of a name, and the rest.
+fn prefix_of(full_name: &[u8]) -> Option<(u8, &[u8])> {
+    PREFIXES.iter().find_map(|&(number, prefix)| {
+        let rest = full_name.strip_prefix(prefix)?;
+        let whole = !prefix.ends_with(b".");
+        (whole == rest.is_empty()).then_some((number, rest))
+    })
+}
+
+/// Sorted attributes of one inode; the error says why the format cannot hold them.
+pub fn sorted(mut xattrs: Vec<Xattr>) -> Result<Box<[Xattr]>, String> {
+    if count_field(area_len(&xattrs)).is_none() {
+        let len = area_len(&xattrs);
+        return Err(format!("its extended attributes need {len} bytes, RAFS allows 262148"));
+    }
+    xattrs.sort_by_key(Xattr::full_name);
+    Ok(xattrs.into())
 }
 
 /// Bytes of the area that holds `xattrs`; 0 for none.

@@ -13,10 +13,13 @@ use tokio::runtime::Handle;
 use super::DaemonError;
 use super::config::{BackendConfig, Config};
 use super::metrics::CacheTotals;
-use crate::backend::{Backend, LocalFs, Metered};
+use crate::backend::{Backend, LocalFs, Metered, Outage, Remote};
 use crate::blob::{Blob, Store, StoreConfig};
 use crate::fuse::{RafsFs, RafsOptions};
 use crate::rafs::Bootstrap;
+
+/// How long a read waits that is told to wait for as long as it takes.
+const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// What an image is made of.
 #[derive(Debug)]
@@ -86,15 +89,18 @@ impl Images {
         let bad = |source| DaemonError::Bootstrap { path: path.clone(), source };
         let bootstrap = Bootstrap::open(&path).map_err(bad)?;
         let store = self.store(&config.work_dir)?;
-        let backend = Arc::new(Metered::new(backend(&config.backend, &self.runtime)));
+        let backend = Arc::new(Metered::new(self.backend(&config.backend)?));
         let blobs = bootstrap
             .blobs()
             .iter()
             .map(|blob| store.open_blob(&bootstrap, blob.index, backend.clone()))
             .collect::<Result<Vec<_>, _>>()?;
         describe(&name, &path, &bootstrap, backend.name(), &config, begin);
-        let options =
-            RafsOptions { name, read_timeout: self.read_timeout, ..RafsOptions::default() };
+        let read_timeout = match backend.outage() {
+            Outage::Wait => FOREVER,
+            Outage::Deadline | Outage::Fail { .. } => self.read_timeout,
+        };
+        let options = RafsOptions { name, read_timeout, ..RafsOptions::default() };
         let fs = RafsFs::new(bootstrap.clone(), blobs.clone(), options);
         let Config { id: config_id, work_dir, .. } = config;
         Ok(Image {
@@ -135,6 +141,19 @@ impl Images {
         });
     }
 
+    fn backend(&self, config: &BackendConfig) -> Result<Arc<dyn Backend>, DaemonError> {
+        let runtime = self.runtime.clone();
+        Ok(match config {
+            BackendConfig::LocalFs(localfs) => Arc::new(LocalFs::new(localfs.clone(), runtime)),
+            BackendConfig::Oci(dir) => Arc::new(LocalFs::oci_layout(dir, runtime)),
+            BackendConfig::LocalDisk(disk) => Arc::new(LocalFs::disk(disk.clone(), runtime)),
+            BackendConfig::Remote(remote) => {
+                let remote = Remote::new(*remote.clone(), self.read_timeout);
+                Arc::new(remote.map_err(|source| DaemonError::Backend { source })?)
+            }
+        })
+    }
+
     fn store(&self, work_dir: &Path) -> Result<Arc<Store>, DaemonError> {
         // Two names of one directory give two stores: they then deal with each other as two
         // processes would.
@@ -154,12 +173,6 @@ impl Images {
 
     fn lock(&self) -> MutexGuard<'_, Caches> {
         self.caches.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn backend(config: &BackendConfig, runtime: &Handle) -> Arc<dyn Backend> {
-    match config {
-        BackendConfig::LocalFs(localfs) => Arc::new(LocalFs::new(localfs.clone(), runtime.clone())),
     }
 }
 

@@ -256,7 +256,7 @@ impl Snapshot {
         )?;
         for times in &self.times {
             let labels = [("opcode", fuse::opcode_name(times.opcode))];
-            let bounds = fuse::TIMES.iter().map(|&us| us as f64 / 1e6).chain([f64::MAX]);
+            let bounds = fuse::TIMES.iter().map(|&us| us as f64 / 1e6).chain([f64::INFINITY]);
             let buckets: Vec<(f64, u64)> = bounds.zip(times.counts).collect();
             family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(
                 times.sum.as_secs_f64(),

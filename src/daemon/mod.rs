@@ -24,6 +24,7 @@ use std::path::PathBuf;
 use crate::blob::StoreError;
 use crate::device::DeviceError;
 use crate::fuse::PassthroughError;
+use crate::oci::OciError;
 use crate::rafs::FormatError;
 
 /// An error with its causes, on one line.
@@ -52,6 +53,8 @@ pub enum DaemonError {
     Socket(#[from] socket::SocketError),
     #[error("bootstrap {}", path.display())]
     Bootstrap { path: PathBuf, source: FormatError },
+    #[error("backend")]
+    Backend { source: OciError },
     #[error("cache")]
     Store(#[from] StoreError),
     #[error("device")]

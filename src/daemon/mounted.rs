@@ -16,7 +16,7 @@ use super::config::Config;
 use super::image::{Image, ImageParts, Images, Source};
 use crate::backend::Backend;
 use crate::fuse::{
-    AnyFs, MountError, MountPath, Mounts, PassthroughFs, PassthroughOptions, PathError,
+    AnyFs, Cache, MountError, MountPath, Mounts, PassthroughFs, PassthroughOptions, PathError,
 };
 
 /// One mounted file system, as the API shows it.
@@ -75,6 +75,7 @@ pub struct Prepared {
 pub struct Mounted {
     table: Arc<Mounts>,
     images: Images,
+    cache: Cache,
     entries: Mutex<BTreeMap<MountPath, Entry>>,
     /// What was read from sources of images that are no longer mounted, by the source's name.
     retired: Mutex<BTreeMap<String, SourceTotals>>,
@@ -82,10 +83,12 @@ pub struct Mounted {
 
 impl Mounted {
     /// Nothing but an empty root.
-    pub fn new(images: Images) -> Mounted {
+    /// `cache` is what guests may keep of shared directories.
+    pub fn new(images: Images, cache: Cache) -> Mounted {
         Mounted {
             table: Mounts::new(),
             images,
+            cache,
             entries: Mutex::default(),
             retired: Mutex::default(),
         }
@@ -230,7 +233,11 @@ impl Mounted {
                 Ok((fs.into(), Entry { info, image: Some(Arc::new(parts)) }))
             }
             What::Directory(path) => {
-                let options = PassthroughOptions { name: name.clone(), ..Default::default() };
+                let options = PassthroughOptions {
+                    name: name.clone(),
+                    cache: self.cache,
+                    ..Default::default()
+                };
                 let fs = PassthroughFs::new(&path, options)?;
                 log::info!("{at}: directory {}", path.display());
                 let info = MountInfo {

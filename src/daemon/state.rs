@@ -137,9 +137,11 @@ mod tests {
     use super::super::image::Images;
     use super::super::mounted::What;
     use super::*;
+    use crate::fuse::Cache;
 
     fn mounted(runtime: &tokio::runtime::Runtime) -> Arc<Mounted> {
-        Arc::new(Mounted::new(Images::new(runtime.handle().clone(), Duration::from_secs(1), 0)))
+        let images = Images::new(runtime.handle().clone(), Duration::from_secs(1), 0);
+        Arc::new(Mounted::new(images, Cache::default()))
     }
 
     #[test]

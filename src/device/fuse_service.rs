@@ -14,11 +14,10 @@ impl Device<Server> {
     pub fn new(
         config: DeviceConfig,
         mounts: Arc<Mounts>,
+        options: ServerOptions,
         runtime: Handle,
     ) -> Result<Device<Server>, DeviceError> {
-        Device::with_service(config, runtime, move || {
-            Server::new(Arc::clone(&mounts), ServerOptions::default())
-        })
+        Device::with_service(config, runtime, move || Server::new(Arc::clone(&mounts), options))
     }
 }
 

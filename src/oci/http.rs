@@ -34,6 +34,8 @@ pub struct HttpOptions {
     /// Limit for a request with its whole answer. None: no limit.
     pub total_timeout: Option<Duration>,
     pub proxy: ProxyChoice,
+    /// Connects to this socket, whatever the address says.
+    pub unix_socket: Option<PathBuf>,
 }
 
 /// The proxy for outgoing connections.
@@ -65,6 +67,7 @@ impl Default for HttpOptions {
             read_timeout: Some(Duration::from_secs(60)),
             total_timeout: None,
             proxy: ProxyChoice::Environment,
+            unix_socket: None,
         }
     }
 }
@@ -110,6 +113,9 @@ pub fn client(options: &HttpOptions) -> Result<Client, OciError> {
                 builder.proxy(proxy)
             }
         };
+        if let Some(path) = &options.unix_socket {
+            builder = builder.unix_socket(path.as_path());
+        }
         builder = if only {
             builder.tls_certs_only(certificates.clone())
         } else {

@@ -8,7 +8,7 @@ use super::error::{FormatError, Result};
 use super::id::{BlobIndex, Nid};
 use super::layout::{
     BLOCK_SIZE, CHUNK_FORMAT_INDEXES, ChunkAddr, InodeCompact, InodeExtended, LAYOUT_CHUNK_BASED,
-    LAYOUT_FLAT_INLINE, LAYOUT_FLAT_PLAIN, SYMLINK_MAX,
+    LAYOUT_FLAT_INLINE, LAYOUT_FLAT_PLAIN, LayerMark, SYMLINK_MAX,
 };
 use super::xattr::Xattrs;
 
@@ -52,6 +52,7 @@ pub struct Inode<'a> {
     mtime_nsec: u32,
     nlink: u32,
     chunk_count: u32,
+    mark: u8,
 }
 
 impl FileKind {
@@ -153,6 +154,7 @@ impl<'a> Inode<'a> {
             mtime_nsec: image.sb.build_time.1,
             nlink: compact.nlink.get().into(),
             chunk_count: 0,
+            mark: 0,
         };
         if format & 1 != 0 {
             let extended: &InodeExtended = image.read("inode", offset)?;
@@ -165,6 +167,7 @@ impl<'a> Inode<'a> {
             inode.mtime = extended.mtime.get().cast_signed();
             inode.mtime_nsec = extended.mtime_nsec.get();
             inode.nlink = extended.nlink.get();
+            inode.mark = extended.layer_mark;
         }
         let xattr_len = match u64::from(compact.xattr_count.get()) {
             0 => 0,
@@ -342,6 +345,11 @@ impl<'a> Inode<'a> {
     /// The builder's running number, which hard links share: informative only.
     pub fn ino(&self) -> u32 {
         self.ino
+    }
+
+    /// What a layer that is to be merged says about the path; an unknown mark is none.
+    pub fn layer_mark(&self) -> LayerMark {
+        LayerMark::from_number(self.mark).unwrap_or_default()
     }
 
     /// Whether the inode is one of the 32-byte form, which stores no time and 16-bit owners.

@@ -253,9 +253,41 @@ pub struct InodeExtended {
     pub mtime: U64,
     pub mtime_nsec: U32,
     pub nlink: U32,
-    pub reserved2: [u8; 16],
+    /// [`LayerMark`]; reserved and zero in the format, where no reader looks at it.
+    pub layer_mark: u8,
+    pub reserved2: [u8; 15],
 }
 const _: () = assert!(size_of::<InodeExtended>() == 64);
+
+/// What the bootstrap of a layer says about a path beside the format, for the merge that is to come.
+///
+/// Other readers see a directory and a symbolic link. Merged images have no marks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LayerMark {
+    #[default]
+    None = 0,
+    /// A directory that the layer has no entry for, only for something below it: attributes of a
+    /// lower layer's directory stay as they are.
+    Implied = 1,
+    /// A hard link whose target, an absolute path, the layer did not hold at this point. The inode
+    /// is that of a symbolic link.
+    HardLink = 2,
+}
+
+impl LayerMark {
+    /// `None` if `number` has no meaning.
+    pub fn from_number(number: u8) -> Option<LayerMark> {
+        [LayerMark::None, LayerMark::Implied, LayerMark::HardLink]
+            .into_iter()
+            .find(|&mark| mark as u8 == number)
+    }
+}
+
+/// The kernel's 32-bit encoding of a device number, of 12 bits for `major` and 20 for `minor`.
+pub fn encode_rdev(major: u32, minor: u32) -> u32 {
+    (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & 0xF_FF00) << 12
+}
 
 /// Compact inode, 32 bytes: `format` bit 0 is 0.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -313,6 +345,12 @@ impl ChunkAddr {
             device: U16::from_bytes([device, hi]),
             start_block: U32::new(start_block),
         }
+    }
+
+    /// The same chunk, its blob having another device number.
+    pub fn with_device(self, device: u8) -> Self {
+        let [_, hi] = self.device.to_bytes();
+        ChunkAddr { device: U16::from_bytes([device, hi]), ..self }
     }
 
     /// Device slot plus one; 0 is not a blob.

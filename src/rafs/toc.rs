@@ -19,7 +19,8 @@ use super::superblock::MAX_BOOTSTRAP_SIZE;
 pub(super) const MAX_TOC_SIZE: u32 = 0x1_0000;
 /// Most sections that a packed blob may have.
 const MAX_SECTIONS: usize = 8;
-const TOC_NAME: &[u8] = b"rafs.blob.toc";
+/// Name of the section that holds the table of contents.
+pub const TOC_NAME: &str = "rafs.blob.toc";
 const HEADER_SIZE: u64 = size_of::<TarHeader>() as u64;
 
 /// The bytes of a packed blob, wherever they are.
@@ -143,7 +144,7 @@ impl PackedBlob {
     pub fn read<S: Source + ?Sized>(source: &S) -> Result<PackedBlob> {
         let size = source.size().map_err(io_error)?;
         let (name, body) = section_before(source, size)?;
-        let has_toc = unpadded(&name) == TOC_NAME;
+        let has_toc = unpadded(&name) == TOC_NAME.as_bytes();
         let sections = if has_toc { from_toc(source, body)? } else { from_headers(source, size)? };
         for (i, section) in sections.iter().enumerate() {
             if sections[..i].iter().any(|other| other.kind == section.kind) {

@@ -6,6 +6,8 @@
 //! daemon knows. No message ever shows a value, so a secret cannot leak through one. Parsing touches
 //! no file; [`Config::check_paths`] does.
 
+mod backend;
+mod network;
 mod table;
 mod versions;
 
@@ -17,6 +19,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::backend::LocalFsConfig;
+
+pub use backend::BackendConfig;
 
 /// Largest config file, in bytes.
 pub const MAX_CONFIG_LEN: u64 = 1 << 20;
@@ -82,14 +86,9 @@ pub struct Config {
     pub notes: Vec<String>,
 }
 
-/// Where blobs are.
-#[derive(Debug)]
-pub enum BackendConfig {
-    LocalFs(LocalFsConfig),
-}
-
 impl Config {
-    /// Reads the file at `path`, at most [`MAX_CONFIG_LEN`] bytes, and checks it.
+    /// Reads the file at `path`, at most [`MAX_CONFIG_LEN`] bytes, and checks it. `IMAGE_PULL_AUTH` in
+    /// the environment takes the place of `auth`.
     ///
     /// # Errors
     ///
@@ -104,7 +103,9 @@ impl Config {
             }
             let text = String::from_utf8(bytes)
                 .map_err(|e| ConfigError::Read(io::Error::new(io::ErrorKind::InvalidData, e)))?;
-            let config = Config::parse(&text)?;
+            let mut config = Config::parse(&text)?;
+            let auth = std::env::var("IMAGE_PULL_AUTH").ok();
+            network::use_environment(&mut config.backend, auth)?;
             config.check_paths()?;
             Ok(config)
         };
@@ -141,8 +142,8 @@ impl Config {
         versions::read(form, map).map_err(|e| ConfigError::Document { form, source: Box::new(e) })
     }
 
-    /// The config of an image that comes without one: blobs in `localfs_dir`, beside `bootstrap` or
-    /// in `blobs` beside it, cache in the user's cache directory.
+    /// The config of an image that comes without one: blobs in `localfs_dir`, which may be an OCI image
+    /// layout, beside `bootstrap` or in `blobs` beside it, cache in the user's cache directory.
     ///
     /// # Errors
     ///
@@ -154,7 +155,10 @@ impl Config {
         };
         let localfs = LocalFsConfig {
             blob_file: None,
-            dir: localfs_dir.map(Path::to_owned),
+            dir: localfs_dir.map(|dir| match backend::is_layout(dir) {
+                true => dir.join("blobs/sha256"),
+                false => dir.to_owned(),
+            }),
             alt_dirs: vec![parent.to_owned(), parent.join("blobs")],
         };
         Ok(Config {
@@ -172,36 +176,17 @@ impl Config {
     ///
     /// [`ConfigError::Key`] for the first thing that is missing.
     pub fn check_paths(&self) -> Result<(), ConfigError> {
-        let BackendConfig::LocalFs(localfs) = &self.backend;
-        let missing = |key: &str, path: &Path, what: &str| ConfigError::Key {
-            path: format!("localfs.{key}"),
-            reason: format!("{} is not {what}", path.display()),
-        };
-        if let Some(file) = &localfs.blob_file
-            && !file.is_file()
-        {
-            return Err(missing("blob_file", file, "a file"));
-        }
-        // `alt_dirs` may be absent: they are alternatives.
-        match &localfs.dir {
-            Some(dir) if !dir.is_dir() => Err(missing("dir", dir, "a directory")),
-            _ => Ok(()),
-        }
+        self.backend.check_paths()
     }
 
     /// What the API shows: a version 2 document of what is in effect, without secrets.
     pub fn public(&self) -> Value {
-        let BackendConfig::LocalFs(localfs) = &self.backend;
         let prefetch = json!({"enable": false, "threads": 8, "batch_size": 1 << 20,
             "bandwidth_limit": 0, "prefetch_all": false});
         json!({
             "version": 2,
             "id": self.id,
-            "backend": {"type": "localfs", "localfs": {
-                "blob_file": localfs.blob_file.clone().unwrap_or_default(),
-                "dir": localfs.dir.clone().unwrap_or_default(),
-                "alt_dirs": localfs.alt_dirs,
-            }},
+            "backend": self.backend.public(),
             "external_backends": [],
             "cache": {"type": "blobcache", "compressed": false, "validate": true,
                 "prefetch": prefetch,
@@ -211,6 +196,11 @@ impl Config {
                 "access_pattern": false, "latest_read_files": false, "prefetch": prefetch},
         })
     }
+}
+
+/// A name from the document, short enough for a message.
+fn short(name: &str) -> String {
+    name.chars().filter(|c| !c.is_control()).take(32).collect()
 }
 
 /// What is wrong with JSON text, without the text.
@@ -265,7 +255,7 @@ mod tests {
             let config = Config::parse(text).unwrap_or_else(|e| panic!("{form}: {e:?}"));
             assert_eq!(config.form, form);
             assert_eq!(config.id, "/3", "{form}");
-            let BackendConfig::LocalFs(localfs) = &config.backend;
+            let BackendConfig::LocalFs(localfs) = &config.backend else { panic!("{form}") };
             assert_eq!(localfs.dir, Some("/b".into()), "{form}");
             assert_eq!(localfs.alt_dirs, [PathBuf::from("/c")], "{form}");
             assert_eq!(config.work_dir, PathBuf::from("/cache"), "{form}");
@@ -321,7 +311,7 @@ mod tests {
             (r#"{"device":{"backend":{"config":{}}}}"#.into(), "device.backend.type: is missing"),
             (
                 r#"{"device":{"backend":{"type":"registry","config":{}}}}"#.into(),
-                "device.backend.type: backend `registry` is not in this build",
+                "device.backend.config.host: is missing",
             ),
             (r#"{"device":{"backend":{"type":"ftp"}}}"#.into(), "unknown backend `ftp`"),
             (
@@ -331,7 +321,7 @@ mod tests {
             (r#"{"version":3}"#.into(), "version: this is 3; 2 is known"),
             (
                 r#"{"version":2,"backend":{"type":"oss","oss":{}}}"#.into(),
-                "read as JSON, version 2: backend.type: backend `oss` is not in this build",
+                "read as JSON, version 2: backend.oss.endpoint: is missing",
             ),
             (
                 r#"{"version":2,"backend":{"type":"localfs","localfs":{"dir":"/b"}},

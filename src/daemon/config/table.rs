@@ -3,6 +3,8 @@
 //! Each key is taken once, with its type; what is left at the end is unknown and noted. Errors and
 //! notes carry the full path of a key and never a value: a value may be a secret.
 
+use std::path::PathBuf;
+
 use serde_json::{Map, Value};
 
 use super::ConfigError;
@@ -110,6 +112,34 @@ impl Table {
     pub(super) fn table(&mut self, key: &str) -> Result<Option<Table>, ConfigError> {
         let path = self.path_of(key);
         Ok(self.take(key)?.map(|map| Table { path, map }))
+    }
+
+    /// Takes a text; an empty one counts as absent, as programs write every key they know.
+    pub(super) fn text(&mut self, key: &str) -> Result<Option<String>, ConfigError> {
+        Ok(self.take::<String>(key)?.filter(|text| !text.is_empty()))
+    }
+
+    /// Takes a path; an empty one counts as absent.
+    pub(super) fn path(&mut self, key: &str) -> Result<Option<PathBuf>, ConfigError> {
+        Ok(self.text(key)?.map(PathBuf::from))
+    }
+
+    /// Takes the list of tables at `key`, which may be absent.
+    pub(super) fn tables(&mut self, key: &str) -> Result<Vec<Table>, ConfigError> {
+        let list = self.take::<Vec<Value>>(key)?.unwrap_or_default();
+        let tables = list.into_iter().enumerate().map(|(number, value)| {
+            let path = format!("{}[{number}]", self.path_of(key));
+            match value {
+                Value::Object(map) => Ok(Table { path, map }),
+                _ => Err(ConfigError::Key { path, reason: "wants a table".into() }),
+            }
+        });
+        tables.collect()
+    }
+
+    /// An error about the table as a whole.
+    pub(super) fn whole(&self, reason: impl Into<String>) -> ConfigError {
+        ConfigError::Key { path: self.path.clone(), reason: reason.into() }
     }
 
     /// Takes `key`, which has no effect here, and notes `reason` if it asks for more than `default`.

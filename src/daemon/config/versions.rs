@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use super::table::{Notes, Table};
-use super::{BackendConfig, Config, ConfigError, Form};
-use crate::backend::LocalFsConfig;
+use super::{Config, ConfigError, Form, backend, short};
 
 const NO_PREFETCH: &str = "prefetch is not in this build";
 const NO_FILE_STATS: &str = "statistics per file are not in this build";
@@ -26,12 +25,8 @@ fn version_1(mut top: Table) -> Result<Config, ConfigError> {
     let mut device = top.table("device")?.ok_or_else(|| top.error("device", "is missing"))?;
     let id = device.take("id")?.unwrap_or_default();
 
-    let mut backend = required_table(&mut device, "backend")?;
-    let kind = backend_type(&mut backend)?;
-    let own = backend.table("config")?;
-    let backend_config = local_fs(&backend, "config", own, &mut notes)?;
-    debug_assert_eq!(kind, "localfs");
-    backend.finish(&mut notes);
+    let backend = required_table(&mut device, "backend")?;
+    let backend = backend::read(backend, Some("config"), &mut notes)?;
     no_external_backends(&mut device)?;
 
     let mut cache = device.table("cache")?;
@@ -57,7 +52,7 @@ fn version_1(mut top: Table) -> Result<Config, ConfigError> {
         ignore_prefetch(prefetch, keys, &mut notes)?;
     }
     top.finish(&mut notes);
-    Ok(Config { form: Form::JsonV1, id, backend: backend_config, work_dir, notes })
+    Ok(Config { form: Form::JsonV1, id, backend, work_dir, notes })
 }
 
 fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
@@ -69,11 +64,8 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
     }
     let id = top.take("id")?.unwrap_or_default();
 
-    let mut backend = required_table(&mut top, "backend")?;
-    let kind = backend_type(&mut backend)?;
-    let own = backend.table(&kind)?;
-    let backend_config = local_fs(&backend, &kind, own, &mut notes)?;
-    backend.finish(&mut notes);
+    let backend = required_table(&mut top, "backend")?;
+    let backend = backend::read(backend, None, &mut notes)?;
     no_external_backends(&mut top)?;
     if top.table("overlay")?.is_some() {
         return Err(top.error("overlay", "a writable overlay is not in this build"));
@@ -105,46 +97,11 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
         rafs.finish(&mut notes);
     }
     top.finish(&mut notes);
-    Ok(Config { form, id, backend: backend_config, work_dir, notes })
+    Ok(Config { form, id, backend, work_dir, notes })
 }
 
 fn required_table(parent: &mut Table, key: &str) -> Result<Table, ConfigError> {
     parent.table(key)?.ok_or_else(|| parent.error(key, "is missing"))
-}
-
-/// The type of a backend that this build has.
-fn backend_type(backend: &mut Table) -> Result<String, ConfigError> {
-    let kind: String = backend.take("type")?.ok_or_else(|| backend.error("type", "is missing"))?;
-    match kind.as_str() {
-        "localfs" => Ok(kind),
-        "registry" | "oss" | "s3" | "http-proxy" | "localdisk" => {
-            Err(backend.error("type", format!("backend `{kind}` is not in this build")))
-        }
-        _ => Err(backend.error("type", format!("unknown backend `{}`", short(&kind)))),
-    }
-}
-
-/// The `localfs` backend from its own table, `own`, which lies at `key` of `backend`.
-fn local_fs(
-    backend: &Table,
-    key: &str,
-    own: Option<Table>,
-    notes: &mut Notes,
-) -> Result<BackendConfig, ConfigError> {
-    let mut own = own.ok_or_else(|| backend.error(key, "is missing"))?;
-    let path = |text: Option<String>| text.filter(|t| !t.is_empty()).map(PathBuf::from);
-    let blob_file = path(own.take("blob_file")?);
-    let dir = path(own.take("dir")?);
-    let alt_dirs = own.take::<Vec<String>>("alt_dirs")?.unwrap_or_default();
-    // nydusd itself ignores these two.
-    own.take::<bool>("readahead")?;
-    own.take::<u64>("readahead_sec")?;
-    own.finish(notes);
-    if blob_file.is_none() && dir.is_none() {
-        return Err(backend.error(key, "needs `dir` or `blob_file`"));
-    }
-    let alt_dirs = alt_dirs.into_iter().map(PathBuf::from).collect();
-    Ok(BackendConfig::LocalFs(LocalFsConfig { blob_file, dir, alt_dirs }))
 }
 
 fn no_external_backends(parent: &mut Table) -> Result<(), ConfigError> {
@@ -228,9 +185,4 @@ fn ignore_prefetch(
     }
     prefetch.finish(notes);
     Ok(())
-}
-
-/// A name from the document, short enough for a message.
-fn short(name: &str) -> String {
-    name.chars().filter(|c| !c.is_control()).take(32).collect()
 }
