@@ -15,7 +15,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -116,6 +116,7 @@ struct State {
     connections: Mutex<HashMap<u64, TcpStream>>,
     /// When the line is free again, if it has a bandwidth.
     line: Mutex<Instant>,
+    accepted: AtomicU64,
     stop: AtomicBool,
     host: String,
 }
@@ -172,6 +173,7 @@ impl FaultRegistry {
             seen: Mutex::default(),
             connections: Mutex::default(),
             line: Mutex::new(Instant::now()),
+            accepted: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             host: addr.to_string(),
         });
@@ -257,9 +259,9 @@ impl FaultRegistry {
         self.state.seen.lock().expect("no panic under this lock").clear();
     }
 
-    /// Connections that are open.
-    pub fn connections(&self) -> usize {
-        self.state.connections.lock().expect("no panic under this lock").len()
+    /// Connections that were made so far.
+    pub fn connections(&self) -> u64 {
+        self.state.accepted.load(Ordering::Relaxed)
     }
 }
 
@@ -305,6 +307,7 @@ fn accept(listener: &TcpListener, state: &Arc<State>) {
             return;
         }
         let Ok(twin) = stream.try_clone() else { continue };
+        state.accepted.fetch_add(1, Ordering::Relaxed);
         state.connections.lock().expect("no panic under this lock").insert(number, twin);
         let state = state.clone();
         thread::spawn(move || {

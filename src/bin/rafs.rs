@@ -25,7 +25,7 @@ enum Command {
     Create(build::create::Args),
     Merge(build::merge_cli::Args),
     Inspect(build::inspect::Args),
-    Check(build::check::Args),
+    Check(Box<build::check::Args>),
 }
 
 fn main() -> ExitCode {
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         Command::Create(args) => build::create::run(args),
         Command::Merge(args) => build::merge_cli::run(args),
         Command::Inspect(args) => build::inspect::run(args),
-        Command::Check(args) => build::check::run(args),
+        Command::Check(args) => build::check::run(*args),
     };
     result.unwrap_or_else(|e| {
         if let Some(usage) = e.downcast_ref::<clap::Error>() {

@@ -391,6 +391,12 @@ impl<'a> Inode<'a> {
         self.chunk_count
     }
 
+    /// Bytes of a chunk as the kernel's EROFS driver cuts a regular file: the image's chunk size, or
+    /// more if all chunks of the file follow each other in one blob.
+    pub fn kernel_chunk_size(&self) -> Option<u64> {
+        (self.kind == FileKind::Regular).then(|| BLOCK_SIZE << (self.u & 0x1F))
+    }
+
     /// Bytes of chunk `i` that belong to the file; 0 from `chunk_count()` on.
     pub fn chunk_len(&self, i: u32) -> u32 {
         if i >= self.chunk_count {

@@ -182,6 +182,30 @@ impl PackedBlob {
     }
 }
 
+/// A section by its tar header alone: its name and the bytes before the header.
+pub type NamedSection = (Vec<u8>, Range<u64>);
+
+/// The sections as the tar headers of `source` tell, in the order of the file; the table of contents
+/// is one of them, the context table and its header are one.
+///
+/// # Errors
+///
+/// As [`PackedBlob::read`]; names are not checked.
+pub fn tar_sections<S: Source + ?Sized>(source: &S) -> Result<Vec<NamedSection>> {
+    let mut end = source.size().map_err(io_error)?;
+    let mut sections = Vec::new();
+    while end > 0 {
+        if sections.len() > MAX_SECTIONS {
+            return Err(FormatError::invalid("packed blob", end, "too many sections"));
+        }
+        let (name, stored) = section_before(source, end)?;
+        end = stored.start;
+        sections.push((unpadded(&name).to_vec(), stored));
+    }
+    sections.reverse();
+    Ok(sections)
+}
+
 impl Section {
     /// The content, decompressed, and of the right digest where that is known. Not for chunk data,
     /// whose chunks are compressed one by one.

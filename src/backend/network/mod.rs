@@ -222,6 +222,14 @@ impl Remote {
         }
     }
 
+    /// The blob that an image means that may not be able to name it.
+    fn meant(&self, blob: &BlobId) -> BlobId {
+        match self.network.blob_id {
+            Some(named) if *blob == BlobId::UNKNOWN => named,
+            _ => *blob,
+        }
+    }
+
     fn remember(&self, blob: &BlobId, range: Range<u64>, source: Arc<Source>) {
         let mut answered = lock(&self.answered);
         let reads = answered.entry(*blob).or_default();
@@ -238,7 +246,7 @@ impl Backend for Remote {
         blob: &BlobId,
         range: Range<u64>,
     ) -> BoxFuture<'_, Result<ByteStream, BackendError>> {
-        let blob = *blob;
+        let blob = self.meant(blob);
         Box::pin(async move {
             if range.is_empty() {
                 return Ok(stream::empty().boxed());
@@ -250,7 +258,7 @@ impl Backend for Remote {
     }
 
     fn size(&self, blob: &BlobId) -> BoxFuture<'_, Result<u64, BackendError>> {
-        let blob = *blob;
+        let blob = self.meant(blob);
         // Not HEAD: addresses that are signed are signed for GET.
         Box::pin(async move {
             match self.open(&blob, &(0..1)).await {
@@ -272,6 +280,7 @@ impl Backend for Remote {
     }
 
     fn mistrust(&self, blob: &BlobId, range: Range<u64>) -> bool {
+        let blob = &self.meant(blob);
         let source = {
             let answered = lock(&self.answered);
             let reads = answered.get(blob).into_iter().flatten().rev();

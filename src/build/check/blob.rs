@@ -14,7 +14,8 @@ use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Findings, Problem, describe, place};
+use super::findings::{Findings, Problem, describe};
+use super::{place, progress};
 use crate::rafs::ci::{ChunkForm, ChunkInfo, ChunkInfos};
 use crate::rafs::codec::Compressor;
 use crate::rafs::id::{BlobId, BlobIndex, ChunkIndex};
@@ -69,6 +70,11 @@ impl BlobFile {
         Ok(BlobFile { path: path.to_owned(), file, size, chunks, damage })
     }
 
+    /// Its path, its size in bytes and its chunk-info array.
+    pub(super) fn into_parts(self) -> (PathBuf, u64, Option<ChunkInfos>) {
+        (self.path, self.size, self.chunks)
+    }
+
     pub(super) fn check(&self, image: &Bootstrap, index: BlobIndex, findings: &mut Findings) {
         let info = &image.blobs()[usize::from(index.0)];
         findings.blobs += 1;
@@ -98,7 +104,7 @@ impl BlobFile {
             compare_digests(info, section, digests, findings);
         }
         let bytes = self.chunks.as_ref().map_or(0, |chunks| stored_bytes(chunks, info));
-        let progress = super::progress(info.id.as_str()[..12].to_owned(), self.size + bytes);
+        let progress = progress::bytes(info.id.as_str()[..12].to_owned(), self.size + bytes);
         match &self.chunks {
             Some(chunks) => {
                 let work = Work {
@@ -220,7 +226,7 @@ impl BlobFile {
                 format!("SHA-256 of {} is {whole}", self.path.display())
             }
         };
-        Some(Problem { place: place(info), what, chunk: None })
+        Some(Problem { place: place(info), what, chunk: None, values: None })
     }
 
     /// Feeds the bytes of `range` to `sink`.
@@ -281,6 +287,7 @@ fn compare_digests(
                 place: format!("{}, chunk {index}", place(info)),
                 what: "digest in blob.digest is not that of the chunk table".to_owned(),
                 chunk: Some((info.index, ChunkIndex(index))),
+                values: None,
             });
         }
     }
@@ -318,6 +325,7 @@ impl Work<'_> {
             ),
             what,
             chunk: Some((self.info.index, ChunkIndex(index))),
+            values: None,
         }));
     }
 

@@ -1,15 +1,14 @@
-//! The bootstrap, all of it: does it describe one tree, and do its tables agree with each other?
+//! The bootstrap, all of it: does it describe one tree, and do its tables agree with it?
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
-use indicatif::ProgressBar;
-
-use super::blob::BlobFile;
-use super::{Findings, place};
+use super::findings::Findings;
+use super::tables::{self, ChunkTables};
+use super::{place, progress};
 use crate::build::image_file::printable;
-use crate::rafs::id::{BlobIndex, ChunkIndex, Nid};
-use crate::rafs::layout::{BLOCK_SIZE, ChunkFlags, ChunkRecord};
-use crate::rafs::{Bootstrap, ChunkDigests, FileKind, Inode, WalkItem};
+use crate::rafs::id::{ChunkIndex, Nid};
+use crate::rafs::layout::{BLOCK_SIZE, ImageFlags};
+use crate::rafs::{Bootstrap, FileKind, Inode, WalkItem};
 
 /// What link counts are compared with.
 struct Links {
@@ -20,112 +19,24 @@ struct Links {
     path: Vec<u8>,
 }
 
-/// Checks `image`; with the chunk-info arrays of `blobs` where there are files of them.
+/// Checks `image`; with the chunk-info arrays where they are known.
 pub(super) fn check(
     image: &Bootstrap,
-    blobs: &BTreeMap<BlobIndex, BlobFile>,
+    infos: tables::ChunkInfosByBlob<'_>,
     findings: &mut Findings,
 ) {
-    let tables = chunk_table(image, findings);
-    for (index, blob) in blobs {
-        if let (Some(blob), Some(table)) = (&blob.chunks, &tables[usize::from(index.0)]) {
-            compare_tables(image, *index, blob, table, findings);
-        }
-    }
-    tree(image, blobs, &tables, findings);
+    let tables = tables::check(image, infos, findings);
+    tree(image, &tables, findings);
 }
 
-/// Checks each record by itself and against its neighbour. The table of a blob whose records
-/// contradict each other is left out.
-fn chunk_table(image: &Bootstrap, findings: &mut Findings) -> Vec<Option<ChunkDigests>> {
-    let records = image.chunk_records();
-    let mut previous: Option<&ChunkRecord> = None;
-    for (i, record) in records.iter().enumerate() {
-        let at = image.chunk_table_offset() + (i * size_of::<ChunkRecord>()) as u64;
-        let mut problem = |what: &str| {
-            findings.problem(format_args!("chunk table record {i} at byte {at}"), what);
-        };
-        let index = record.blob_index.get();
-        if u64::from(index) >= image.blobs().len() as u64 {
-            problem("no such blob");
-        }
-        if ChunkFlags::from_bits(record.flags.get()).is_none() {
-            problem("unknown flags");
-        }
-        let key = |record: &ChunkRecord| (record.digest, record.blob_index.get());
-        if previous.is_some_and(|previous| key(previous) >= key(record)) {
-            problem("not above the record before it");
-        }
-        previous = Some(record);
-    }
-    if records.is_empty() && !image.blobs().is_empty() {
-        findings.undecided("no chunk table, so no chunk has a digest to compare with");
-        return image.blobs().iter().map(|_| None).collect();
-    }
-    let mut table = |index| match image.chunk_digests(index) {
-        Ok(digests) => Some(digests),
-        Err(e) => {
-            findings.problem("chunk table", e);
-            None
-        }
-    };
-    image.blobs().iter().map(|blob| table(blob.index)).collect()
-}
-
-/// Compares the chunk table of the bootstrap with the chunk-info array of a blob.
-fn compare_tables(
-    image: &Bootstrap,
-    index: BlobIndex,
-    chunks: &crate::rafs::ci::ChunkInfos,
-    table: &ChunkDigests,
-    findings: &mut Findings,
-) {
-    use crate::rafs::ci::ChunkForm;
-    let blob = &image.blobs()[usize::from(index.0)];
-    for i in 0..chunks.len() {
-        let (Some(info), Some(record)) = (chunks.get(ChunkIndex(i)), table.record(ChunkIndex(i)))
-        else {
-            continue;
-        };
-        // The table has no place for the stored range of a batch.
-        let stored = match info.form {
-            ChunkForm::Batch { .. } => None,
-            _ => Some((
-                info.compressed_offset == record.compressed_offset.get()
-                    && info.compressed_size == record.compressed_size.get(),
-                "stored range",
-            )),
-        };
-        let has_crc = record.flags.get() & ChunkFlags::HAS_CRC32C.bits() != 0;
-        let crc = info.crc32c.filter(|_| has_crc);
-        let facts = [
-            (info.uncompressed_offset == record.uncompressed_offset.get(), "uncompressed offset"),
-            (info.uncompressed_size == record.uncompressed_size.get(), "uncompressed size"),
-            (crc.is_none_or(|crc| crc == record.crc32c.get()), "CRC"),
-        ];
-        for (equal, what) in facts.into_iter().chain(stored) {
-            if !equal {
-                findings.problem(
-                    format_args!("{}, chunk {i}", place(blob)),
-                    format_args!("{what} in the chunk table is not that in the chunk-info array"),
-                );
-            }
-        }
-    }
-}
-
-fn tree(
-    image: &Bootstrap,
-    blobs: &BTreeMap<BlobIndex, BlobFile>,
-    tables: &[Option<ChunkDigests>],
-    findings: &mut Findings,
-) {
-    let progress = ProgressBar::new_spinner();
+fn tree(image: &Bootstrap, tables: &ChunkTables<'_>, findings: &mut Findings) {
+    let bar = progress::spinner("metadata");
+    let mut with_xattrs = None;
     let mut links: HashMap<Nid, Links> = HashMap::new();
     // The directories above the path being looked at.
     let mut above: Vec<Nid> = Vec::new();
     for item in image.walk() {
-        progress.inc(1);
+        bar.inc(1);
         let item = match item {
             Ok(item) => item,
             Err(e) => {
@@ -158,11 +69,11 @@ fn tree(
                 true
             }
         };
-        if is_new {
-            contents(image, &item, blobs, tables, findings);
+        if is_new && contents(image, &item, tables, findings) {
+            with_xattrs.get_or_insert_with(|| item.path());
         }
     }
-    progress.finish_and_clear();
+    bar.finish_and_clear();
     let mut links: Vec<_> = links.into_iter().collect();
     links.sort_unstable_by_key(|(nid, _)| *nid);
     for (nid, link) in &links {
@@ -172,15 +83,24 @@ fn tree(
             } else {
                 "its names are"
             };
-            findings.problem(
+            findings.mismatch(
                 format_args!("{}, nid {}", printable(&link.path), nid.0),
+                "nlink",
+                link.found,
+                link.stored,
                 format_args!("link count is {}, {expected} {}", link.stored, link.found),
             );
         }
     }
     let (counted, found) = (image.path_count(), findings.paths);
     if counted != found {
-        findings.problem("super block", format_args!("counts {counted} paths, found {found}"));
+        let what = format_args!("counts {counted} paths, found {found}");
+        findings.mismatch("super block", "paths", found, counted, what);
+    }
+    let flag = image.flags().contains(ImageFlags::HAS_XATTR);
+    if let Some(path) = with_xattrs.filter(|_| !flag) {
+        let what = format!("flag HAS_XATTR is not set, {} has attributes", printable(&path));
+        findings.mismatch("super block", "flag HAS_XATTR", "set", "not set", what);
     }
     let known: HashSet<Nid> = links.into_iter().map(|(nid, _)| nid).collect();
     for nid in image.prefetch_nids().filter(|nid| !known.contains(nid)) {
@@ -188,29 +108,38 @@ fn tree(
     }
 }
 
-/// What an inode has besides its name and attributes.
+/// Checks what an inode has besides its name and attributes; true if it has extended attributes.
 fn contents(
     image: &Bootstrap,
     item: &WalkItem<'_>,
-    blobs: &BTreeMap<BlobIndex, BlobFile>,
-    tables: &[Option<ChunkDigests>],
+    tables: &ChunkTables<'_>,
     findings: &mut Findings,
-) {
+) -> bool {
     let inode = &item.inode;
     let path = || printable(&item.path());
-    if let Err(e) = inode.xattrs() {
-        findings.problem(path(), e);
-    }
+    let has_xattrs = match inode.xattrs() {
+        Ok(mut xattrs) => xattrs.next().is_some(),
+        Err(e) => {
+            findings.problem(path(), e);
+            true
+        }
+    };
     if inode.kind() == FileKind::Symlink
         && let Err(e) = inode.symlink_target()
     {
         findings.problem(path(), e);
     }
+    let mut sound = true;
     for i in 0..inode.chunk_count() {
-        if let Err(what) = chunk(image, inode, i, blobs, tables) {
+        if let Err(what) = chunk(image, inode, i, tables) {
+            sound = false;
             findings.problem(format_args!("{}, chunk {i}", path()), what);
         }
     }
+    if sound && let Err(what) = kernel_chunks(image, inode) {
+        findings.problem(path(), what);
+    }
+    has_xattrs
 }
 
 /// Compares chunk `i` of a file with what the tables say about it.
@@ -218,8 +147,7 @@ fn chunk(
     image: &Bootstrap,
     inode: &Inode<'_>,
     i: u32,
-    blobs: &BTreeMap<BlobIndex, BlobFile>,
-    tables: &[Option<ChunkDigests>],
+    tables: &ChunkTables<'_>,
 ) -> Result<(), String> {
     let addr = inode.chunk(i).map_err(|e| e.to_string())?;
     let blob = addr.blob().expect("a checked address has a blob");
@@ -237,19 +165,43 @@ fn chunk(
         }
         Ok(())
     };
-    if let Some(table) = &tables[usize::from(blob.0)] {
+    if let Some(table) = tables.digests(blob) {
         let record = table.record(index);
         compare(
             "chunk table",
             record.map(|r| (r.uncompressed_offset.get(), r.uncompressed_size.get())),
         )?;
     }
-    if let Some(chunks) = blobs.get(&blob).and_then(|blob| blob.chunks.as_ref()) {
+    if let Some(chunks) = tables.infos(blob) {
         let info = chunks.get(index);
         compare(
             "chunk-info array",
             info.map(|info| (info.uncompressed_offset, info.uncompressed_size)),
         )?;
+    }
+    Ok(())
+}
+
+/// The kernel's EROFS driver cuts a file by the chunk bits of its inode and takes the address of
+/// each such piece: it must find there what RAFS, which cuts by the image's chunk size, finds.
+fn kernel_chunks(image: &Bootstrap, inode: &Inode<'_>) -> Result<(), String> {
+    let (Some(kernel), ours) = (inode.kernel_chunk_size(), u64::from(image.chunk_size())) else {
+        return Ok(());
+    };
+    if kernel == ours || inode.chunk_count() == 0 {
+        return Ok(());
+    }
+    let shown = |what: &str| format!("the kernel's chunk size of {kernel} bytes {what}");
+    if kernel < inode.size() {
+        return Err(shown("is neither the image's nor holds the file"));
+    }
+    let first = inode.chunk(0).map_err(|e| e.to_string())?;
+    for i in 1..inode.chunk_count() {
+        let addr = inode.chunk(i).map_err(|e| e.to_string())?;
+        let want = u64::from(first.start_block()) + u64::from(i) * ours / BLOCK_SIZE;
+        if addr.blob() != first.blob() || u64::from(addr.start_block()) != want {
+            return Err(shown("makes one piece of chunks that do not follow each other"));
+        }
     }
     Ok(())
 }
