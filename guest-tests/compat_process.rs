@@ -456,7 +456,7 @@ fn hundreds_of_vmms_come_and_go() {
         fuse.init().unwrap();
         let node = fuse.resolve(b"/m/f0000").unwrap();
         image.check_file(&mut fuse, 0, node).unwrap();
-        if i % 2 == 0 {
+        if i.is_multiple_of(2) {
             vm.stop().unwrap();
         }
     };

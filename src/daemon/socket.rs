@@ -208,7 +208,8 @@ mod tests {
         assert_eq!((group_id(text, "kv"), group_id(text, "kvm2")), (None, None));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let _listener = Sockets::default().listen(&path).unwrap();
+        let sockets = Sockets::default();
+        let _listener = sockets.listen(&path).unwrap();
         let own = fs::metadata(&path).unwrap().gid();
         Sockets::give_to_group(&path, &own.to_string()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
