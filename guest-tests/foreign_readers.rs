@@ -133,7 +133,7 @@ fn through_all_readers(dir: &Path) {
         if options.contains(&"sha256") {
             check_by_rafs_reader(&built, &want, dir);
         }
-        let devices = devices(&built.bootstrap, &built.blobs, &out.join("devices"));
+        let devices = devices(&built, &out);
         assert_same(&by_fsck(&built, &devices, &out), &no_xattrs(&want), &what("fsck.erofs"));
         let mount = Mount::new(&built.bootstrap, &devices, out.join("mnt"));
         assert_same(&describe(&mount.at), &want, &what("kernel"));

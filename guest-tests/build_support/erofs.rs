@@ -1,37 +1,35 @@
-//! The kernel as a reader of our images: EROFS mounts, with the uncompressed blobs as devices.
+//! Images under the kernel's own EROFS.
 
 use std::ffi::CString;
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rafsd::rafs::Bootstrap;
+use super::{Built, rafs_reader};
 
-use super::rafs_reader;
-
-/// The uncompressed blobs of an image, made in `out` by `rafs_reader.py`, in the order of its blob table: the
-/// kernel and erofs-utils number devices so.
-pub fn devices(bootstrap: &Path, blobs: &Path, out: &Path) -> Vec<PathBuf> {
+/// The uncompressed blobs in the order of the blob table, as the kernel wants them.
+pub fn devices(built: &Built, out: &Path) -> Vec<PathBuf> {
+    let dir = out.join("devices");
     rafs_reader(&[
         "device".as_ref(),
-        bootstrap.as_ref(),
+        built.bootstrap.as_ref(),
         "--blobs".as_ref(),
-        blobs.as_ref(),
+        built.blobs.as_ref(),
         "--out".as_ref(),
-        out.as_ref(),
+        dir.as_ref(),
     ]);
-    let image = Bootstrap::open(bootstrap).unwrap();
-    image.blobs().iter().map(|blob| out.join(blob.id.as_str())).collect()
+    built.open().blobs().iter().map(|blob| dir.join(blob.id.as_str())).collect()
 }
 
-/// An EROFS mount, unmounted when it is dropped. Needs root and a kernel with EROFS on files.
+/// An EROFS mount, unmounted when it is dropped.
 pub struct Mount {
     pub at: PathBuf,
 }
 
 impl Mount {
     pub fn new(image: &Path, devices: &[PathBuf], at: PathBuf) -> Mount {
-        std::fs::create_dir_all(&at).unwrap();
+        fs::create_dir_all(&at).unwrap();
         let c = |bytes: &[u8]| CString::new(bytes).unwrap();
         let options: Vec<_> =
             devices.iter().map(|device| format!("device={}", device.display())).collect();
