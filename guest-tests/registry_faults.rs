@@ -3,13 +3,16 @@
 
 mod support;
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use support::fault_registry::{Auth, Fault, FaultRegistry, Redirect};
+use support::rng::Rng;
 use support::say;
 use support::stage::{DEADLINE, SLACK, Stage, image, registry_at};
 
@@ -99,6 +102,86 @@ fn a_fault_that_passes_is_not_noticed() {
         if !matches!(fault, Fault::WrongBytes | Fault::RedirectLoop) {
             stage.expect_log(cause, &format!("{fault:?}, once"));
         }
+    }
+}
+
+#[test]
+fn a_slow_line_is_no_fault() {
+    let (scratch, image) = image(4);
+    let registry = FaultRegistry::start(&image.blobs).expect("a registry");
+    let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
+    stage.read_right("all is well");
+    registry.link(Duration::from_millis(300), None);
+    stage.read_right("with 300 ms of latency");
+    registry.link(Duration::ZERO, Some(80 << 10));
+    stage.read_right("with 80 KiB/s: a chunk takes most of a second");
+    assert!(!stage.new_log().contains("WARN"), "nothing to warn about");
+}
+
+/// Whatever happens, in whatever order and while many wait: right bytes or EIO, each in time.
+#[test]
+fn faults_that_come_and_go_under_load_never_give_wrong_bytes() {
+    const READS: usize = 600;
+    let (scratch, image) = image(48);
+    let registry = FaultRegistry::start(&image.blobs).expect("a registry");
+    let other = FaultRegistry::start(&image.blobs).expect("another");
+    let mirrors = json!([{ "host": other.url(), "health_check_interval": 1, "failure_limit": 3 }]);
+    let backend = registry_at(registry.host(), json!({ "mirrors": mirrors }));
+    let mut stage = Stage::set(backend, scratch, image);
+    let stop = AtomicBool::new(false);
+    let (mut right, mut failed) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut rng = Rng::new(7);
+            let mut choose = || {
+                let pick = support::to_usize(rng.next() % (2 * FAULTS.len() as u64));
+                match FAULTS.get(pick) {
+                    // For a while a mirror would not be asked again.
+                    None | Some((Fault::Status(404), ..)) => Fault::None,
+                    Some((fault, ..)) => *fault,
+                }
+            };
+            while !stop.load(Ordering::Relaxed) {
+                registry.set(choose());
+                other.set(choose());
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let mut waiting = HashMap::new();
+        let mut sent = 0;
+        while right + failed < READS {
+            while sent < READS && waiting.len() < 32 {
+                // Each chunk is asked for twice in a row, from different places.
+                let place = if sent % 2 == 0 { stage.cold() } else { stage.neighbour() };
+                let ticket = stage.submit(place).expect("room in the ring");
+                waiting.insert(ticket, (place, Instant::now()));
+                sent += 1;
+            }
+            stage.fuse.flush();
+            let reply = stage.fuse.complete(Instant::now() + DEADLINE + SLACK).expect("an answer");
+            let (place, begin) = waiting.remove(&reply.ticket).expect("one that waits");
+            let took = begin.elapsed();
+            assert!(took < DEADLINE + SLACK, "{place:?} took {took:?}");
+            match reply.errno {
+                0 => {
+                    stage.check(place, &reply.bytes(), "under load");
+                    right += 1;
+                }
+                libc::EIO => failed += 1,
+                other => panic!("{place:?}: errno {other}"),
+            }
+            stage.fuse.recycle(reply);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let met = registry.faults_met() + other.faults_met();
+    say(format!("{right} reads right, {failed} failed with EIO; {met} requests met a fault"));
+    assert!(met > 50, "faults were met: {met}");
+    assert!(right > READS / 2, "most reads find a source that is well: {right}");
+    registry.set(Fault::None);
+    other.set(Fault::None);
+    for _ in 0..4 {
+        stage.read_right("all is well again");
     }
 }
 

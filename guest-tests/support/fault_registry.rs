@@ -117,6 +117,7 @@ struct State {
     /// When the line is free again, if it has a bandwidth.
     line: Mutex<Instant>,
     accepted: AtomicU64,
+    faults_met: AtomicU64,
     stop: AtomicBool,
     host: String,
 }
@@ -174,6 +175,7 @@ impl FaultRegistry {
             connections: Mutex::default(),
             line: Mutex::new(Instant::now()),
             accepted: AtomicU64::new(0),
+            faults_met: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             host: addr.to_string(),
         });
@@ -257,6 +259,11 @@ impl FaultRegistry {
 
     pub fn forget_seen(&self) {
         self.state.seen.lock().expect("no panic under this lock").clear();
+    }
+
+    /// Requests so far that met a fault.
+    pub fn faults_met(&self) -> u64 {
+        self.state.faults_met.load(Ordering::Relaxed)
     }
 
     /// Connections that were made so far.
@@ -432,6 +439,9 @@ impl Connection<'_> {
         match settings.left {
             0 => Fault::None,
             left => {
+                if settings.fault != Fault::None {
+                    self.state.faults_met.fetch_add(1, Ordering::Relaxed);
+                }
                 settings.left = if left == u64::MAX { left } else { left - 1 };
                 settings.fault
             }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::daemon::{Daemon, Launch};
 use super::frontend::{Vm, VmConfig};
-use super::fuse_client::Fuse;
+use super::fuse_client::{Fuse, Ticket};
 use super::image::{Image, pattern};
 use super::{assert_same, to_usize};
 
@@ -69,6 +69,24 @@ impl Stage {
         let file = to_usize(chunk / CHUNKS_PER_FILE);
         assert!(file < self.image.files, "the image has no cold chunk left");
         (file, chunk % CHUNKS_PER_FILE * CHUNK + 100)
+    }
+
+    /// Another place in the chunk that [`Stage::cold`] gave last.
+    pub fn neighbour(&self) -> (usize, u64) {
+        let chunk = self.next - 2;
+        let file = to_usize(chunk / CHUNKS_PER_FILE);
+        (file, chunk % CHUNKS_PER_FILE * CHUNK + CHUNK / 2)
+    }
+
+    /// Puts a read into the ring.
+    pub fn submit(&mut self, (file, offset): (usize, u64)) -> Option<Ticket> {
+        self.fuse.submit_read(self.nodes[file], 0, offset, READ)
+    }
+
+    /// Compares what was read.
+    #[track_caller]
+    pub fn check(&self, (file, offset): (usize, u64), bytes: &[u8], what: &str) {
+        assert_same(bytes, &pattern(file, offset, READ), what);
     }
 
     /// Reads from a chunk: its right bytes or an errno. Anything else is a failure of the test.

@@ -186,18 +186,24 @@ impl Remote {
         range: &Range<u64>,
     ) -> Result<(answer::Answer, Arc<Source>), BackendError> {
         let sources = self.sources.load_full();
+        let now = Instant::now();
+        // Who lied about the blob, or does not have it, is asked only if there is nobody else.
+        let trusted = sources.iter().any(|source| source.is_trusted_with(blob, now));
+        let asked = |source: &&Arc<Source>| !trusted || source.is_trusted_with(blob, now);
         let mut failed: Option<BackendError> = None;
-        for source in sources.iter().filter(|source| source.is_worth_asking(blob)) {
+        let mut left_out = Vec::new();
+        for source in sources.iter().filter(asked) {
+            if !source.is_worth_asking() {
+                left_out.push(source);
+                continue;
+            }
             match source.open(blob, range).await {
                 Ok(answer) => return Ok((answer, source.clone())),
                 Err(e) => failed = Some(self.worse(failed, e)),
             }
         }
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        // None is worth asking, so there is nothing to lose.
-        for source in sources.iter() {
+        // Before giving up there is nothing to lose by asking those that were left out.
+        for source in left_out {
             match source.open(blob, range).await {
                 Ok(answer) => return Ok((answer, source.clone())),
                 Err(e) => failed = Some(self.worse(failed, e)),
