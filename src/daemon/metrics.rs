@@ -239,8 +239,20 @@ impl Collector for Snapshot {
         };
         let row = ("source_read", "Bytes that came from each source", Some(Unit::Bytes));
         counters(e, row, "source", of(|totals| totals.bytes))?;
-        let row = ("source_requests", "Reads that each source has answered", None);
-        counters(e, row, "source", of(|totals| totals.requests))
+        let row = ("source_requests", "Requests to each source", None);
+        counters(e, row, "source", of(|totals| totals.requests))?;
+        let help = "Requests to each source that failed";
+        let mut family = e.encode_descriptor("source_errors", help, None, MetricType::Counter)?;
+        for (name, totals) in &self.sources {
+            for (cause, errors) in BackendCause::ALL.iter().zip(totals.errors) {
+                if errors > 0 {
+                    let labels = [("source", name.as_str()), ("cause", cause.label())];
+                    let mut metric = family.encode_family(&labels)?;
+                    metric.encode_counter::<NoLabelSet, _, u64>(&errors, None)?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::DaemonError;
 use super::config::Config;
 use super::image::{Image, ImageParts, Images, Source};
-use crate::backend::Backend;
+use crate::backend::{Backend, BackendCause};
 use crate::fuse::{
     AnyFs, Cache, MountError, MountPath, Mounts, PassthroughFs, PassthroughOptions, PathError,
 };
@@ -261,6 +261,8 @@ impl Mounted {
 pub struct SourceTotals {
     pub requests: u64,
     pub bytes: u64,
+    /// In the order of [`BackendCause::ALL`].
+    pub errors: [u64; BackendCause::ALL.len()],
 }
 
 /// Sources that are told apart; what comes from further ones is counted as `other`.
@@ -274,6 +276,9 @@ fn add_sources(sources: &mut BTreeMap<String, SourceTotals>, entry: &Entry) {
         let totals = sources.entry(name).or_default();
         totals.requests += source.requests;
         totals.bytes += source.bytes;
+        for (sum, errors) in totals.errors.iter_mut().zip(source.errors) {
+            *sum += errors;
+        }
     }
 }
 

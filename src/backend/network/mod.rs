@@ -380,7 +380,15 @@ impl Backend for Remote {
     }
 
     fn sources(&self) -> Vec<SourceReport> {
-        self.sources.load().iter().map(|source| source.report()).collect()
+        let mut reports: Vec<_> =
+            self.sources.load().iter().map(|source| source.report()).collect();
+        // Those that a change of settings took away have counted, too.
+        for (name, counters) in lock(&self.counters).iter() {
+            if reports.iter().all(|report| report.name != *name) {
+                reports.push(counters.report(name.clone(), false));
+            }
+        }
+        reports
     }
 }
 

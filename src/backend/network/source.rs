@@ -39,6 +39,19 @@ pub struct SourceCounters {
     errors: [AtomicU64; BackendCause::ALL.len()],
 }
 
+impl SourceCounters {
+    pub fn report(&self, name: String, healthy: bool) -> SourceReport {
+        let value = |number: &AtomicU64| number.load(Ordering::Relaxed);
+        SourceReport {
+            name,
+            healthy,
+            requests: value(&self.requests),
+            bytes: value(&self.bytes),
+            errors: std::array::from_fn(|i| value(&self.errors[i])),
+        }
+    }
+}
+
 /// What makes a source.
 pub struct SourceSetup {
     /// For logs and metrics; without secrets.
@@ -119,14 +132,7 @@ impl Source {
     }
 
     pub fn report(&self) -> SourceReport {
-        let counters = &self.setup.counters;
-        SourceReport {
-            name: self.setup.name.clone(),
-            healthy: self.setup.health.is_well(),
-            requests: counters.requests.load(Ordering::Relaxed),
-            bytes: counters.bytes.load(Ordering::Relaxed),
-            errors: std::array::from_fn(|i| counters.errors[i].load(Ordering::Relaxed)),
-        }
+        self.setup.counters.report(self.setup.name.clone(), self.setup.health.is_well())
     }
 
     /// Is it likely to answer? Sends a ping if one is due.
