@@ -15,8 +15,12 @@ mod support {
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use rafsd::oci::digest::Digest;
 use rafsd::oci::layout::Layout;
@@ -693,4 +697,116 @@ fn what_is_not_what_it_says_is_not_converted() {
         .skopeo("list-tags", "")
         .arg(format!("docker://{}", registry.reference("app"))));
     assert!(!tags.contains("rafs"), "a tag of an image that is not there: {tags}");
+}
+
+/// Passes bytes on to a registry. Connections up to the `bad`th are cut after so many bytes.
+fn bad_network(to: u16, bad: u64) -> (u16, Arc<AtomicU64>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let cuts = Arc::new(AtomicU64::new(0));
+    let counted = cuts.clone();
+    // Ends with the test program.
+    thread::spawn(move || {
+        for (number, client) in listener.incoming().enumerate() {
+            let number = number as u64;
+            let Ok(client) = client else { return };
+            let Ok(server) = TcpStream::connect(("127.0.0.1", to)) else { return };
+            // From 300 kB to 2 MB, other each time.
+            let budget =
+                if number < bad { 300_000 + number * 7_919_000 % 1_700_000 } else { u64::MAX };
+            let (passed, cuts) = (Arc::new(AtomicU64::new(0)), counted.clone());
+            for (mut from, mut to) in [
+                (client.try_clone().unwrap(), server.try_clone().unwrap()),
+                (server.try_clone().unwrap(), client.try_clone().unwrap()),
+            ] {
+                let (passed, cuts) = (passed.clone(), cuts.clone());
+                thread::spawn(move || {
+                    let mut buffer = [0; 16 << 10];
+                    while let Ok(n @ 1..) = from.read(&mut buffer) {
+                        if passed.fetch_add(n as u64, Ordering::SeqCst) > budget {
+                            cuts.fetch_add(1, Ordering::SeqCst);
+                            break;
+                        }
+                        if to.write_all(&buffer[..n]).is_err() {
+                            break;
+                        }
+                    }
+                    from.shutdown(Shutdown::Both).ok();
+                    to.shutdown(Shutdown::Both).ok();
+                });
+            }
+        }
+    });
+    (port, cuts)
+}
+
+#[test]
+fn a_network_that_breaks_again_and_again_does_no_harm() {
+    let sample = Sample::new();
+    let registry = Registry::plain().unwrap();
+    registry.push(&sample.source("one"), "app:1", &["--preserve-digests"]).unwrap();
+    let want = convert(&registry.reference("app:1"), &registry.reference("well:rafs")).done();
+    let (port, cuts) = bad_network(registry.port(), 12);
+    let through = |name: &str| format!("127.0.0.1:{port}/{name}");
+    let done = convert(&through("app:1"), &through("ill:rafs")).done();
+    assert_eq!(digest(&done), digest(&want));
+    let cuts = cuts.load(Ordering::SeqCst);
+    assert!(cuts >= 5, "only {cuts} connections were cut");
+    let manifest = registry.manifest("ill:rafs").unwrap();
+    assert_eq!(manifest, registry.manifest("well:rafs").unwrap());
+}
+
+#[test]
+fn images_without_layers_and_with_one_twice_are_images() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    let layout = Layout::create(&source).unwrap();
+    let tar = Tar::new().dir("d").file("d/f", b"content").end();
+    layout.put_blob(&tar).unwrap();
+    let layer = Descriptor::of(TAR, &tar);
+    let image = |tag: &str, count: usize| {
+        let diff_ids = vec![Digest::sha256(&tar); count];
+        let config = json!({
+            "architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        })
+        .to_string();
+        layout.put_blob(config.as_bytes()).unwrap();
+        let manifest = json!({
+            "schemaVersion": 2, "config": Descriptor::of(OCI_CONFIG, config.as_bytes()),
+            "layers": vec![layer.clone(); count],
+        })
+        .to_string();
+        layout.put_blob(manifest.as_bytes()).unwrap();
+        layout.tag(Descriptor::of(OCI_MANIFEST, manifest.as_bytes()), Some(tag)).unwrap();
+    };
+    // (layers, paths of the image)
+    for (count, paths) in [(0, 1), (2, 3)] {
+        let tag = format!("of{count}");
+        image(&tag, count);
+        let target = dir.path().join(&tag);
+        let to = format!("oci:{}:x", target.display());
+        let done = convert(&format!("oci:{}:{tag}", source.display()), &to).done();
+        assert_eq!(done["images"][0]["paths"], paths);
+        let manifest = tagged(&target, "x");
+        assert_eq!(manifest["layers"].as_array().unwrap().len(), count + 1);
+        let config = blob_of(&target, &manifest["config"]);
+        assert_eq!(config["rootfs"]["diff_ids"].as_array().unwrap().len(), count + 1);
+        assert_eq!(config.get("history"), None, "there was none");
+        build_support::check(&built(&target, &manifest, dir.path()));
+    }
+    let same = format!("oci:{}:of2", source.display());
+    let said = convert(&same, &same).fails();
+    assert!(said.contains("the original would lose its name"), "{said}");
+}
+
+#[test]
+fn help_is_the_documentation() {
+    let file = build_support::repository().join("guest-tests/snapshots/rafs-convert-help.txt");
+    let help = build_support::rafs(&["convert", "--help"], b"").stdout;
+    let help = String::from_utf8(help).unwrap();
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+        fs::write(&file, &help).unwrap();
+    }
+    let want = fs::read_to_string(&file).unwrap();
+    assert_eq!(help, want, "if this is meant, run the test with UPDATE_SNAPSHOTS=1");
 }

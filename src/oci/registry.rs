@@ -378,12 +378,7 @@ impl Repository {
         if self.blob_size(&digest).await? == Some(bytes.len() as u64) {
             return Ok(digest);
         }
-        let what = self.what(&format!("blob {digest}"));
-        retry(&what, || async {
-            let upload = self.begin_upload().await?;
-            upload.finish_with(bytes.clone(), &digest).await
-        })
-        .await?;
+        self.upload().await?.finish_with(bytes, &digest).await?;
         Ok(digest)
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use indicatif::{MultiProgress, ProgressDrawTarget};
 
 use super::dictionary::{Dictionary, Place};
@@ -122,6 +122,9 @@ impl Args {
 /// If the source cannot be read, is no image or not what its digests say, or the target cannot be
 /// written.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if args.source == args.target {
+        bail!("source and target are both {}: the original would lose its name", args.source);
+    }
     let patterns = match args.prefetch_patterns {
         true => Patterns::read(io::stdin().lock())
             .context("cannot read prefetch patterns from standard input")?,
