@@ -16,6 +16,7 @@ use super::metrics::CacheTotals;
 use crate::backend::{Backend, LocalFs, Metered, Outage, Remote};
 use crate::blob::{Blob, Store, StoreConfig};
 use crate::fuse::{RafsFs, RafsOptions};
+use crate::oci::names::Resolver;
 use crate::rafs::Bootstrap;
 
 /// How long a read waits that is told to wait for as long as it takes.
@@ -55,6 +56,8 @@ pub struct Images {
     read_timeout: Duration,
     /// Threads that decompress and verify; 0: chosen by the number of processors.
     workers: usize,
+    /// Of the backends of all images.
+    resolver: Resolver,
     caches: Mutex<Caches>,
 }
 
@@ -71,7 +74,13 @@ struct Caches {
 impl Images {
     /// Waits for chunks run on `runtime`; `workers` as for `--thread-num`.
     pub fn new(runtime: Handle, read_timeout: Duration, workers: u16) -> Images {
-        Images { runtime, read_timeout, workers: workers.into(), caches: Mutex::default() }
+        Images {
+            runtime,
+            read_timeout,
+            workers: workers.into(),
+            resolver: Resolver::default(),
+            caches: Mutex::default(),
+        }
     }
 
     /// Opens an image. Reads the super block and tables of the bootstrap, and may wait for the disk
@@ -148,7 +157,8 @@ impl Images {
             BackendConfig::Oci(dir) => Arc::new(LocalFs::oci_layout(dir, runtime)),
             BackendConfig::LocalDisk(disk) => Arc::new(LocalFs::disk(disk.clone(), runtime)),
             BackendConfig::Remote(remote) => {
-                let remote = Remote::new(*remote.clone(), self.read_timeout);
+                let resolver = self.resolver.clone();
+                let remote = Remote::new(*remote.clone(), self.read_timeout, resolver);
                 Arc::new(remote.map_err(|source| DaemonError::Backend { source })?)
             }
         })

@@ -132,6 +132,8 @@ impl Mounted {
     /// It cannot be opened.
     pub fn prepare(&self, at: &str, what: What) -> Result<Prepared, ChangeError> {
         let at = MountPath::parse(at)?;
+        // What earlier attempts may have left.
+        self.images.sweep();
         let (fs, entry) = self.open(&at, what)?;
         Ok(Prepared { at, fs, entry })
     }

@@ -39,6 +39,7 @@ use super::{Backend, BackendError, ByteStream, HIDDEN, Outage, SettingError, Sou
 use crate::oci::OciError;
 use crate::oci::auth::{Credentials, Secret};
 use crate::oci::http::{self, HttpOptions, ProxyChoice};
+use crate::oci::names::Resolver;
 use crate::rafs::id::BlobId;
 
 /// Failures in a row after which an origin or a proxy is passed over; mirrors have a key for it.
@@ -53,6 +54,7 @@ pub struct Remote {
     name: String,
     service: Service,
     network: NetworkConfig,
+    resolver: Resolver,
     settings: Mutex<Settings>,
     /// In the order in which they are asked. Never empty.
     sources: ArcSwap<Vec<Arc<Source>>>,
@@ -79,7 +81,11 @@ impl Remote {
     /// # Errors
     ///
     /// A file that has no certificates, or a proxy that is no address.
-    pub fn new(config: RemoteConfig, patience: Duration) -> Result<Remote, OciError> {
+    pub fn new(
+        config: RemoteConfig,
+        patience: Duration,
+        resolver: Resolver,
+    ) -> Result<Remote, OciError> {
         let RemoteConfig { service, mut network } = config;
         let proxies = usize::from(network.proxy.url.is_some());
         let sources = u32::try_from(network.mirrors.len() + proxies).unwrap_or(u32::MAX - 2);
@@ -98,6 +104,7 @@ impl Remote {
             name: service.name(),
             service,
             network,
+            resolver,
             settings: Mutex::new(settings.clone()),
             sources: ArcSwap::from_pointee(Vec::new()),
             counters: Mutex::default(),
@@ -116,6 +123,7 @@ impl Remote {
             read_timeout: Some(self.network.timeout),
             total_timeout: None,
             unix_socket: self.service.unix_socket(),
+            resolver: self.resolver.clone(),
             proxy,
         })
     }

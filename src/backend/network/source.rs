@@ -27,7 +27,7 @@ use crate::rafs::id::BlobId;
 /// How long a source is not asked for a blob that it does not have, or may not give.
 const ABSENT: Duration = Duration::from_secs(60);
 /// How long a source is not asked for a blob of which it gave wrong bytes.
-const WRONG: Duration = Duration::from_secs(600);
+const WRONG: Duration = Duration::from_secs(60);
 /// An address that expires sooner than this is not used again.
 const EXPIRY_MARGIN: Duration = Duration::from_secs(10);
 
