@@ -1,5 +1,5 @@
 //! Images mounted, unmounted and mounted anew by the API, while a guest looks on: statements 25 to
-//! 32, 38, 39, 61 and 66 of `docs/compatibility.md`, and what holds beyond them.
+//! 32, 38, 39, 50, 61, 64 and 66 of `docs/compatibility.md`, and what holds beyond them.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
 mod compat;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use compat::{KataGo, KataRs, rafs, snapshotter_config};
+use compat::{KataGo, KataRs, Nydusctl, rafs, snapshotter_config};
 use daemon::{Daemon, SOON, golden, rafsd, scratch};
 use serde_json::json;
 use support::frontend::{Vm, VmConfig};
@@ -41,6 +41,98 @@ fn names(fuse: &mut Fuse, node: u64) -> Vec<String> {
     let listed = fuse.list(node, 4096, true).unwrap();
     let names = listed.into_iter().map(|entry| String::from_utf8(entry.name).unwrap());
     names.filter(|name| !name.starts_with('.')).collect()
+}
+
+/// A shared directory, and the body of a mount request for it.
+fn shared(dir: &Path) -> (std::path::PathBuf, serde_json::Value) {
+    let shared = dir.join("shared");
+    std::fs::create_dir(&shared).unwrap();
+    let body = json!({"fs_type": "passthrough_fs", "source": shared, "config": ""});
+    (shared, body)
+}
+
+#[test]
+fn s25_and_s26_both_runtimes_share_a_directory_at_containers() {
+    for strict in [false, true] {
+        let dir = scratch();
+        let (shared, body) = shared(dir.path());
+        let _daemon = kata(dir.path());
+        let socket = dir.path().join("A");
+        if strict {
+            KataRs::connect(&socket).mount("/containers", &body).unwrap();
+        } else {
+            let answer = KataGo::connect(&socket).mount("/containers", &body);
+            assert_eq!((answer.status, answer.body.as_str()), (204, ""));
+        }
+        let info = KataRs::connect(&socket).info().backend_collection.unwrap();
+        assert_eq!(info["/containers"]["backend_type"], "PassthroughFs", "{info}");
+        assert!(info["/containers"]["config"].is_null());
+        let (_vm, mut fuse) = guest(dir.path());
+        std::fs::write(shared.join("later"), "from the host").unwrap();
+        let node = fuse.resolve(b"/containers/later").unwrap();
+        let handle = fuse.open(node).unwrap();
+        assert_eq!(fuse.read(node, handle, 0, 100).unwrap(), b"from the host");
+        fuse.release(node, handle).unwrap();
+    }
+}
+
+#[test]
+fn s50_nydusctl_beside_one_image_and_one_shared_directory() {
+    let dir = scratch();
+    let image = golden("v6-zstd");
+    let (_, body) = shared(dir.path());
+    let daemon = kata(dir.path());
+    KataGo::connect(&dir.path().join("A")).mount("/containers", &body);
+    let nydusctl = Nydusctl::new(&dir.path().join("A"));
+    let config = snapshotter_config("/1", &image.join("blobs"), &dir.path().join("cache"));
+    nydusctl.mount(&image.join("bootstrap"), &config, "/rafs/c1/lowerdir", "rafs");
+    assert_eq!(nydusctl.info(), ["/containers PassthroughFs", "/rafs/c1/lowerdir Rafs"]);
+    nydusctl.set_log_level("debug");
+    let (sizes, times) = nydusctl.fsstats();
+    assert_eq!((sizes.len(), times.len()), (8, 8));
+    nydusctl.backend();
+    nydusctl.cache();
+    nydusctl.umount("/rafs/c1/lowerdir");
+    nydusctl.umount("/containers");
+    assert_eq!(nydusctl.info(), [""; 0]);
+    daemon.signal(libc::SIGTERM);
+    assert!(daemon.end().2.contains("DEBUG"));
+}
+
+#[test]
+fn s61_the_root_lists_what_is_mounted_and_is_searched_before_it_is_listed() {
+    let dir = scratch();
+    let (_, shared) = shared(dir.path());
+    let _daemon = kata(dir.path());
+    let kata = KataGo::connect(&dir.path().join("A"));
+    assert_eq!(kata.mount("/containers", &shared).status, 204);
+    let (_vm, mut fuse) = guest(dir.path());
+    assert!(fuse.resolve(b"/containers").is_ok(), "before any listing");
+    assert_eq!(names(&mut fuse, 1), ["containers"]);
+    let body = body("v6-none", &dir.path().join("cache"));
+    assert_eq!(kata.mount("/rafs/c1/lowerdir", &body).status, 204);
+    assert!(fuse.resolve(b"/rafs/c1/lowerdir").is_ok());
+    assert_eq!(names(&mut fuse, 1), ["containers", "rafs"]);
+}
+
+#[test]
+fn s66_an_image_beside_a_shared_directory_is_read_only() {
+    let dir = scratch();
+    let (_, shared) = shared(dir.path());
+    let _daemon = kata(dir.path());
+    let kata = KataGo::connect(&dir.path().join("A"));
+    assert_eq!(kata.mount("/containers", &shared).status, 204);
+    let body = body("v6-none", &dir.path().join("cache"));
+    assert_eq!(kata.mount("/rafs/c1/lowerdir", &body).status, 204);
+    let (_vm, mut fuse) = guest(dir.path());
+    let root = fuse.resolve(b"/rafs/c1/lowerdir").unwrap();
+    // MKDIR: mode, umask, name.
+    let mkdir = [&[0; 8][..], b"new\0"].concat();
+    let error = fuse.call(9, root, &[&mkdir], 128).unwrap_err();
+    assert_eq!(error.errno(), Some(libc::EROFS));
+    let containers = fuse.resolve(b"/containers").unwrap();
+    fuse.call(9, containers, &[&mkdir], 128).unwrap();
+    assert!(dir.path().join("shared/new").is_dir());
 }
 
 #[test]
@@ -221,6 +313,12 @@ fn s39_the_type_of_a_file_system_is_checked() {
     let dir = scratch();
     let _daemon = kata(dir.path());
     let kata = KataGo::connect(&dir.path().join("A"));
+    let (_, shared) = shared(dir.path());
+    for fs_type in ["passthrough", "passthroughfs", "passthrough_fs"] {
+        let body = json!({"fs_type": fs_type, "source": shared["source"], "config": ""});
+        assert_eq!(kata.mount("/s", &body).status, 204, "{fs_type}");
+        assert_eq!(kata.umount("/s").status, 204, "{fs_type}");
+    }
     for fs_type in ["", "Rafs", "RAFS", "ext4", "rafs "] {
         let body = json!({"fs_type": fs_type, "source": "/", "config": ""});
         let answer = kata.mount("/x", &body);

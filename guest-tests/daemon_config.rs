@@ -72,7 +72,7 @@ fn a_config_that_cannot_be_used_fails_the_start_with_its_reason() {
         ("{", "config bad: is read as JSON: unexpected end"),
         (
             r#"{"device":{"backend":{"type":"registry","config":{"auth":"S3CRET"}}}}"#,
-            "config bad: is read as JSON, version 1: device.backend.type: backend `registry` is not in this build",
+            "config bad: is read as JSON, version 1: device.backend.config.host: is missing",
         ),
         (
             r#"{"device":{"backend":{"type":"localfs","config":{"dir":"/tmp"}}}}"#,

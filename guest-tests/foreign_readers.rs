@@ -5,17 +5,17 @@
 
 mod build_support;
 
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::fs;
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use build_support::erofs::{Mount, devices};
 use build_support::{
     Built, Tree, assert_same, check, check_by_rafs_reader, create, describe, make_golden_tree,
-    part, rafs_reader, read_image, run,
+    part, read_image, run,
 };
 
 /// Options of the images that all readers are shown.
@@ -141,20 +141,6 @@ fn through_all_readers(dir: &Path) {
     }
 }
 
-/// The uncompressed blobs, as the kernel wants them.
-fn devices(built: &Built, out: &Path) -> Vec<PathBuf> {
-    let dir = out.join("devices");
-    rafs_reader(&[
-        "device".as_ref(),
-        built.bootstrap.as_ref(),
-        "--blobs".as_ref(),
-        built.blobs.as_ref(),
-        "--out".as_ref(),
-        dir.as_ref(),
-    ]);
-    fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect()
-}
-
 /// What `fsck.erofs` extracts; it must have nothing to complain of.
 fn by_fsck(built: &Built, devices: &[PathBuf], out: &Path) -> Tree {
     let to = out.join("extracted");
@@ -181,42 +167,5 @@ fn assert_links(root: &Path, want: &Tree) {
     for (path, entry) in want {
         let meta = fs::symlink_metadata(root.join(OsStr::from_bytes(&path[1..]))).unwrap();
         assert_eq!(meta.nlink(), entry.nlink, "links of {}", path.escape_ascii());
-    }
-}
-
-/// An EROFS mount, unmounted when it is dropped.
-struct Mount {
-    at: PathBuf,
-}
-
-impl Mount {
-    fn new(image: &Path, devices: &[PathBuf], at: PathBuf) -> Mount {
-        fs::create_dir_all(&at).unwrap();
-        let c = |bytes: &[u8]| CString::new(bytes).unwrap();
-        let options: Vec<_> =
-            devices.iter().map(|device| format!("device={}", device.display())).collect();
-        let (source, target) = (c(image.as_os_str().as_bytes()), c(at.as_os_str().as_bytes()));
-        let options = c(options.join(",").as_bytes());
-        // SAFETY: all pointers are to strings that end with NUL and outlive the call.
-        let done = unsafe {
-            libc::mount(
-                source.as_ptr(),
-                target.as_ptr(),
-                c"erofs".as_ptr(),
-                libc::MS_RDONLY,
-                options.as_ptr().cast(),
-            )
-        };
-        assert_eq!(done, 0, "mounting {}: {}", image.display(), io::Error::last_os_error());
-        Mount { at }
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let target = CString::new(self.at.as_os_str().as_bytes()).unwrap();
-        // SAFETY: the pointer is to a string that ends with NUL and outlives the call.
-        let done = unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
-        assert_eq!(done, 0, "unmounting: {}", io::Error::last_os_error());
     }
 }

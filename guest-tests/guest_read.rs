@@ -14,6 +14,7 @@ mod support {
     pub mod guest;
     pub mod initramfs;
     pub mod parts;
+    pub mod tree_text;
 }
 
 use std::ffi::OsStr;
@@ -28,11 +29,12 @@ use std::sync::LazyLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, makedev, mknodat, utimensat};
 
 use support::guest::{Guest, Machine, install_root_job};
 use support::parts::{Parts, run};
+use support::tree_text::describe;
 
 const READ_JOB: &str = include_str!("init/read-job.sh");
 const ROOT_JOB: &str = include_str!("init/root-job.sh");
@@ -141,21 +143,7 @@ impl Image {
                 .arg(&dir)
                 .arg(&tree))?;
         }
-        let manifest = |function: &str| {
-            let script = format!(
-                ". '{}/guest-tests/init/manifest.sh' && {function}",
-                env!("CARGO_MANIFEST_DIR")
-            );
-            let busybox = parts.path("busybox")?;
-            let tools = busybox.parent().context("a file has a directory")?;
-            let path = format!("{}:/usr/bin:/bin", tools.display());
-            run(Command::new("sh")
-                .arg("-c")
-                .arg(script)
-                .env("tools", tools)
-                .env("PATH", path)
-                .current_dir(&tree))
-        };
+        let manifest = |function: &str| describe(&parts, &tree, function);
         Ok(Image {
             metadata: manifest("metadata .")?,
             contents: manifest("contents .")?,

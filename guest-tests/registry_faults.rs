@@ -3,121 +3,18 @@
 
 mod support;
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-use support::daemon::Daemon;
+use serde_json::json;
 use support::fault_registry::{Auth, Fault, FaultRegistry, Redirect};
-use support::frontend::{Vm, VmConfig};
-use support::fuse_client::Fuse;
-use support::image::{Image, pattern};
-use support::{assert_same, say};
-
-const CHUNK: u64 = 64 << 10;
-const CHUNKS_PER_FILE: u64 = 16;
-const READ: usize = 4096;
-/// `--read-timeout` of the daemons here, and what is added to it for a machine that is busy.
-const DEADLINE: Duration = Duration::from_secs(3);
-const SLACK: Duration = Duration::from_secs(8);
-
-/// An image in a registry, and a guest that reads it.
-struct Stage {
-    image: Image,
-    daemon: Daemon,
-    _vm: Vm,
-    fuse: Fuse,
-    nodes: Vec<u64>,
-    /// The next chunk that nobody has read.
-    next: u64,
-    /// Bytes of the log that were looked at.
-    seen: usize,
-    _scratch: tempfile::TempDir,
-}
-
-/// Files of 16 chunks of 64 KiB.
-fn image(files: usize) -> (tempfile::TempDir, Image) {
-    let scratch = tempfile::tempdir().expect("a scratch directory");
-    let image = Image::build(scratch.path(), files, CHUNKS_PER_FILE * CHUNK, CHUNK, "none");
-    (scratch, image.expect("an image"))
-}
-
-/// The `registry` backend at `host`, with limits fit for tests and whatever else.
-fn registry_at(host: &str, more: Value) -> Value {
-    let mut config = json!({"scheme": "http", "host": host, "repo": "r", "timeout": 1,
-        "connect_timeout": 1});
-    let Value::Object(more) = more else { panic!("keys of a config") };
-    config.as_object_mut().expect("a table").extend(more);
-    config
-}
-
-impl Stage {
-    fn set(backend: Value, scratch: tempfile::TempDir, image: Image) -> Stage {
-        let launch = image.launch(scratch.path()).backend("registry", backend);
-        Stage::launch(&launch.read_timeout(DEADLINE), scratch, image)
-    }
-
-    fn launch(launch: &support::daemon::Launch, scratch: tempfile::TempDir, image: Image) -> Stage {
-        let daemon = launch.spawn().expect("a daemon");
-        let mut vm = daemon.boot(VmConfig::default()).expect("a guest");
-        let mut fuse = vm.fuse(1);
-        fuse.init().expect("INIT");
-        let nodes = image.nodes(&mut fuse).expect("lookups");
-        Stage { image, daemon, _vm: vm, fuse, nodes, next: 0, seen: 0, _scratch: scratch }
-    }
-
-    /// A chunk that nobody has read: file and offset.
-    fn cold(&mut self) -> (usize, u64) {
-        let chunk = self.next;
-        self.next += 2; // so that no two are fetched together
-        let file = support::to_usize(chunk / CHUNKS_PER_FILE);
-        assert!(file < self.image.files, "the image has no cold chunk left");
-        (file, chunk % CHUNKS_PER_FILE * CHUNK + 100)
-    }
-
-    /// Reads from a chunk: its right bytes or an errno. Anything else is a failure of the test.
-    fn read(&mut self, (file, offset): (usize, u64), what: &str) -> Result<(), i32> {
-        match self.fuse.read(self.nodes[file], 0, offset, READ) {
-            Ok(bytes) => {
-                assert_same(&bytes, &pattern(file, offset, READ), what);
-                Ok(())
-            }
-            Err(e) => Err(e.errno().unwrap_or_else(|| panic!("{what}: {e}"))),
-        }
-    }
-
-    fn read_right(&mut self, what: &str) {
-        let place = self.cold();
-        if let Err(errno) = self.read(place, what) {
-            panic!("{what}: errno {errno}: {}", self.new_log());
-        }
-    }
-
-    /// Waits until something that was logged since the last look says `what`; a line may come a
-    /// moment after the answer that it is about.
-    #[track_caller]
-    fn expect_log(&mut self, what: &str, context: &str) {
-        let limit = Instant::now() + Duration::from_secs(10);
-        while !self.daemon.log()[self.seen..].contains(what) {
-            assert!(
-                Instant::now() < limit,
-                "{context}: the log should say {what:?}:\n{}",
-                self.new_log()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// What was logged since this was called last.
-    fn new_log(&mut self) -> String {
-        let log = self.daemon.log();
-        let new = log[self.seen..].to_owned();
-        self.seen = log.len();
-        new
-    }
-}
+use support::rng::Rng;
+use support::say;
+use support::stage::{DEADLINE, SLACK, Stage, image, registry_at};
 
 /// What the guest gets while a fault lasts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,29 +26,35 @@ enum Outcome {
     AtDeadline,
 }
 
-/// Every fault, for as long as it lasts: what the guest gets, and what the log says why.
-const FAULTS: [(Fault, Outcome, &str); 21] = [
-    (Fault::Hang, Outcome::AtDeadline, "did not answer in 1000 ms"),
-    (Fault::HangMidBody, Outcome::AtDeadline, "did not answer in 1000 ms"),
-    (Fault::ResetMidBody, Outcome::AtDeadline, "broke off"),
-    (Fault::Truncate, Outcome::AtDeadline, "broke off"),
-    (Fault::ResetAtOnce, Outcome::AtDeadline, "the request failed"),
-    (Fault::WrongBytes, Outcome::AtOnce, "do not match the digest"),
-    (Fault::WrongRange, Outcome::AtDeadline, "in place of"),
-    (Fault::NoContentRange, Outcome::AtDeadline, "without saying which"),
-    (Fault::WholeBlob, Outcome::Right, "sends whole blobs"),
-    (Fault::Status(401), Outcome::AtOnce, "denies access"),
-    (Fault::Status(403), Outcome::AtOnce, "denies access: HTTP status 403: on command"),
-    (Fault::Status(404), Outcome::AtOnce, "has no blob"),
-    (Fault::Status(416), Outcome::AtOnce, "were asked for"),
-    (Fault::RetryAfter(429, 1), Outcome::AtDeadline, "429, too many requests, asks to wait 1 s"),
-    (Fault::RetryAfter(429, 3600), Outcome::AtOnce, "asks to wait 3600 s"),
-    (Fault::Status(500), Outcome::AtDeadline, "HTTP status 500"),
-    (Fault::Status(503), Outcome::AtDeadline, "HTTP status 503"),
-    (Fault::Status(204), Outcome::AtDeadline, "HTTP status 204"),
-    (Fault::RedirectLoop, Outcome::AtDeadline, "more than 5 redirects"),
-    (Fault::SlowLoris, Outcome::AtDeadline, " bytes in "),
-    (Fault::Garbage, Outcome::AtDeadline, "invalid HTTP version"),
+/// Every fault, for as long as it lasts: what the guest gets, what the log says why, and the `cause` under
+/// which `/metrics` counts it.
+const FAULTS: [(Fault, Outcome, &str, &str); 21] = [
+    (Fault::Hang, Outcome::AtDeadline, "did not answer in 1000 ms", "timeout"),
+    (Fault::HangMidBody, Outcome::AtDeadline, "did not answer in 1000 ms", "timeout"),
+    (Fault::ResetMidBody, Outcome::AtDeadline, "broke off", "broken"),
+    (Fault::Truncate, Outcome::AtDeadline, "broke off", "broken"),
+    (Fault::ResetAtOnce, Outcome::AtDeadline, "the request failed", "broken"),
+    (Fault::WrongBytes, Outcome::AtOnce, "do not match the digest", ""),
+    (Fault::WrongRange, Outcome::AtDeadline, "in place of", "protocol"),
+    (Fault::NoContentRange, Outcome::AtDeadline, "without saying which", "protocol"),
+    (Fault::WholeBlob, Outcome::Right, "sends whole blobs", ""),
+    (Fault::Status(401), Outcome::AtOnce, "denies access", "denied"),
+    (Fault::Status(403), Outcome::AtOnce, "denies access: HTTP status 403: on command", "denied"),
+    (Fault::Status(404), Outcome::AtOnce, "has no blob", "not_found"),
+    (Fault::Status(416), Outcome::AtOnce, "were asked for", "out_of_range"),
+    (
+        Fault::RetryAfter(429, 1),
+        Outcome::AtDeadline,
+        "429, too many requests, asks to wait 1 s",
+        "throttled",
+    ),
+    (Fault::RetryAfter(429, 3600), Outcome::AtOnce, "asks to wait 3600 s", "throttled"),
+    (Fault::Status(500), Outcome::AtDeadline, "HTTP status 500", "server"),
+    (Fault::Status(503), Outcome::AtDeadline, "HTTP status 503", "server"),
+    (Fault::Status(204), Outcome::AtDeadline, "HTTP status 204", "protocol"),
+    (Fault::RedirectLoop, Outcome::AtDeadline, "more than 5 redirects", "protocol"),
+    (Fault::SlowLoris, Outcome::AtDeadline, " bytes in ", "timeout"),
+    (Fault::Garbage, Outcome::AtDeadline, "invalid HTTP version", "broken"),
 ];
 
 #[test]
@@ -161,9 +64,14 @@ fn a_fault_that_lasts_gives_right_bytes_or_eio_with_the_cause_and_leaves_nothing
     let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
     let warm = stage.cold();
     stage.read(warm, "the first read").expect("all is well");
-    for (fault, outcome, cause) in FAULTS {
+    for (fault, outcome, cause, label) in FAULTS {
         let what = format!("{fault:?}");
         stage.new_log();
+        let metric = match fault {
+            Fault::WrongBytes => "rafsd_digest_mismatches_total".to_owned(),
+            _ => format!("rafsd_backend_errors_total{{cause=\"{label}\"}}"),
+        };
+        let counted = stage.metric(&metric);
         registry.set(fault);
         let place = stage.cold();
         let begin = Instant::now();
@@ -181,6 +89,7 @@ fn a_fault_that_lasts_gives_right_bytes_or_eio_with_the_cause_and_leaves_nothing
             assert!(took > DEADLINE / 2, "{what}: given up after {took:?}");
         }
         stage.expect_log(cause, &what);
+        assert!(outcome == Outcome::Right || stage.metric(&metric) > counted, "{what}: {metric}");
         stage.read(warm, &what).expect("what is there is served");
         registry.set(Fault::None);
         stage.read(place, &what).unwrap_or_else(|e| {
@@ -194,7 +103,7 @@ fn a_fault_that_passes_is_not_noticed() {
     let (scratch, image) = image(12);
     let registry = FaultRegistry::start(&image.blobs).expect("a registry");
     let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
-    for (fault, _, cause) in FAULTS {
+    for (fault, _, cause, _) in FAULTS {
         let for_good = matches!(fault, Fault::Status(401..=416) | Fault::RetryAfter(_, 3600));
         if for_good || fault == Fault::WholeBlob {
             continue;
@@ -205,6 +114,86 @@ fn a_fault_that_passes_is_not_noticed() {
         if !matches!(fault, Fault::WrongBytes | Fault::RedirectLoop) {
             stage.expect_log(cause, &format!("{fault:?}, once"));
         }
+    }
+}
+
+#[test]
+fn a_slow_line_is_no_fault() {
+    let (scratch, image) = image(4);
+    let registry = FaultRegistry::start(&image.blobs).expect("a registry");
+    let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
+    stage.read_right("all is well");
+    registry.link(Duration::from_millis(300), None);
+    stage.read_right("with 300 ms of latency");
+    registry.link(Duration::ZERO, Some(80 << 10));
+    stage.read_right("with 80 KiB/s: a chunk takes most of a second");
+    assert!(!stage.new_log().contains("WARN"), "nothing to warn about");
+}
+
+/// Whatever happens, in whatever order and while many wait: right bytes or EIO, each in time.
+#[test]
+fn faults_that_come_and_go_under_load_never_give_wrong_bytes() {
+    const READS: usize = 600;
+    let (scratch, image) = image(48);
+    let registry = FaultRegistry::start(&image.blobs).expect("a registry");
+    let other = FaultRegistry::start(&image.blobs).expect("another");
+    let mirrors = json!([{ "host": other.url(), "health_check_interval": 1, "failure_limit": 3 }]);
+    let backend = registry_at(registry.host(), json!({ "mirrors": mirrors }));
+    let mut stage = Stage::set(backend, scratch, image);
+    let stop = AtomicBool::new(false);
+    let (mut right, mut failed) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut rng = Rng::new(7);
+            let mut choose = || {
+                let pick = support::to_usize(rng.next() % (2 * FAULTS.len() as u64));
+                match FAULTS.get(pick) {
+                    // For a while a mirror would not be asked again.
+                    None | Some((Fault::Status(404), ..)) => Fault::None,
+                    Some((fault, ..)) => *fault,
+                }
+            };
+            while !stop.load(Ordering::Relaxed) {
+                registry.set(choose());
+                other.set(choose());
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let mut waiting = HashMap::new();
+        let mut sent = 0;
+        while right + failed < READS {
+            while sent < READS && waiting.len() < 32 {
+                // Each chunk is asked for twice in a row, from different places.
+                let place = if sent % 2 == 0 { stage.cold() } else { stage.neighbour() };
+                let ticket = stage.submit(place).expect("room in the ring");
+                waiting.insert(ticket, (place, Instant::now()));
+                sent += 1;
+            }
+            stage.fuse.flush();
+            let reply = stage.fuse.complete(Instant::now() + DEADLINE + SLACK).expect("an answer");
+            let (place, begin) = waiting.remove(&reply.ticket).expect("one that waits");
+            let took = begin.elapsed();
+            assert!(took < DEADLINE + SLACK, "{place:?} took {took:?}");
+            match reply.errno {
+                0 => {
+                    stage.check(place, &reply.bytes(), "under load");
+                    right += 1;
+                }
+                libc::EIO => failed += 1,
+                other => panic!("{place:?}: errno {other}"),
+            }
+            stage.fuse.recycle(reply);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let met = registry.faults_met() + other.faults_met();
+    say(format!("{right} reads right, {failed} failed with EIO; {met} requests met a fault"));
+    assert!(met > 10, "faults were met: {met}");
+    assert!(right > READS / 2, "most reads find a source that is well: {right}");
+    registry.set(Fault::None);
+    other.set(Fault::None);
+    for _ in 0..4 {
+        stage.read_right("all is well again");
     }
 }
 
@@ -223,6 +212,8 @@ fn tokens_that_expire_all_the_time_are_replaced() {
     assert!((6..=12).contains(&tokens), "{tokens} tokens for 21 requests or so");
     let log = stage.new_log();
     assert!(!log.contains("dTpw") && !log.contains("token-"), "a secret in the log: {log}");
+    let connections = registry.connections();
+    assert!(connections <= 3, "{connections} connections for one read after the other");
     registry.set_token_fault(Fault::Status(503));
     registry.set_auth(Auth::Bearer { user: None, uses: 3 });
     let place = stage.cold();

@@ -1,6 +1,8 @@
 //! Source trees, images made of them by `rafs create`, and what both look like when they are read.
 #![allow(dead_code, reason = "each test program uses another part of this")]
 
+pub mod erofs;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;

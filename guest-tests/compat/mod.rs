@@ -203,6 +203,160 @@ impl KataRs {
     }
 }
 
+/// `nydusctl`: encodes nothing, names no instance, reads members without asking whether they are
+/// there, and takes every error for JSON.
+pub struct Nydusctl {
+    socket: PathBuf,
+}
+
+impl Nydusctl {
+    pub fn new(socket: &Path) -> Nydusctl {
+        Nydusctl { socket: socket.to_owned() }
+    }
+
+    fn call(&self, method: &str, path: &str, body: &str) -> Value {
+        let stream = UnixStream::connect(&self.socket).expect("the API takes connections");
+        let mut head = format!("{method} /api/{path} HTTP/1.1\r\nhost: localhost");
+        if !body.is_empty() {
+            head +=
+                &format!("\r\ncontent-type: application/json\r\ncontent-length: {}", body.len());
+        }
+        let answer = send(&stream, &head, body);
+        match answer.status {
+            204 => Value::Null,
+            200 => answer.json(),
+            _ => panic!("{method} {path}: {}", answer.message()),
+        }
+    }
+
+    /// What it prints of each mount: mountpoint, type, time, mode and prefetch of an image.
+    pub fn info(&self) -> Vec<String> {
+        let info = self.call("GET", "v1/daemon", "");
+        for member in ["package_ver", "git_commit", "build_time", "profile", "rustc"] {
+            info["version"][member].as_str().expect(member);
+        }
+        info["state"].as_str().expect("state");
+        let mounts = info["backend_collection"].as_object().expect("a table of mounts");
+        mounts
+            .iter()
+            .map(|(at, mount)| {
+                assert_eq!(mount["mountpoint"], *at);
+                let time = mount["mounted_time"].as_str().expect("a time");
+                assert!(is_time(time), "{time}");
+                let kind = mount["backend_type"].as_str().expect("a type");
+                if kind == "Rafs" {
+                    let config = &mount["config"];
+                    config["rafs"]["mode"].as_str().expect("a mode");
+                    config["rafs"]["enable_xattr"].as_bool().expect("a switch");
+                    config["cache"]["prefetch"]["enable"].as_bool().expect("a switch");
+                    config["cache"]["prefetch"]["batch_size"].as_u64().expect("a number");
+                }
+                format!("{at} {kind}")
+            })
+            .collect()
+    }
+
+    pub fn set_log_level(&self, level: &str) {
+        self.call("PUT", "v1/daemon", &json!({"log_level": level}).to_string());
+    }
+
+    /// Figures of the only image: reads by size, and reads by time.
+    pub fn fsstats(&self) -> (Vec<u64>, Vec<u64>) {
+        let stats = self.call("GET", "v1/metrics", "");
+        stats["data_read"].as_u64().expect("a number");
+        stats["nr_opens"].as_u64().expect("a number");
+        assert_eq!(numbers(&stats["fop_hits"]).len(), 15);
+        assert_eq!(numbers(&stats["fop_errors"]).len(), 15);
+        assert_eq!(numbers(&stats["fop_cumulative_latency_total"]).len(), 15);
+        (numbers(&stats["block_count_read"]), numbers(&stats["read_latency_dist"]))
+    }
+
+    /// Reads of the backend so far, asked for twice as with `--interval`.
+    pub fn backend(&self) -> u64 {
+        let ask = || {
+            let stats = self.call("GET", "v1/metrics/backend", "");
+            stats["backend_type"].as_str().expect("a type");
+            for member in [
+                "read_count",
+                "read_errors",
+                "read_amount_total",
+                "read_cumulative_latency_millis_total",
+            ] {
+                stats[member].as_u64().expect(member);
+            }
+            for member in ["read_cumulative_latency_millis_dist", "read_count_block_size_dist"] {
+                assert_eq!(numbers(&stats[member]).len(), 8, "{member}");
+            }
+            let rows = stats["read_latency_sizes_dist"].as_array().expect("rows");
+            assert!(rows.len() == 8 && rows.iter().all(|row| numbers(row).len() == 8));
+            stats["read_count"].as_u64().expect("a number")
+        };
+        ask();
+        ask()
+    }
+
+    /// Chunks in the cache.
+    pub fn cache(&self) -> u64 {
+        let stats = self.call("GET", "v1/metrics/blobcache", "");
+        for member in [
+            "partial_hits",
+            "whole_hits",
+            "total",
+            "entries_count",
+            "prefetch_data_amount",
+            "prefetch_requests_count",
+            "prefetch_workers",
+            "prefetch_unmerged_chunks",
+            "prefetch_cumulative_time_millis",
+            "prefetch_begin_time_secs",
+            "prefetch_begin_time_millis",
+            "prefetch_end_time_secs",
+            "prefetch_end_time_millis",
+            "buffered_backend_size",
+        ] {
+            stats[member].as_u64().unwrap_or_else(|| panic!("{member}: {stats}"));
+        }
+        stats["id"].as_str().expect("an id");
+        stats["store_path"].as_str().expect("a path");
+        stats["data_all_ready"].as_bool().expect("a switch");
+        stats["entries_count"].as_u64().expect("a number")
+    }
+
+    pub fn mount(&self, source: &Path, config: &str, at: &str, fs_type: &str) {
+        let body = json!({"source": source, "fs_type": fs_type, "config": config});
+        self.call("POST", &format!("v1/mount?mountpoint={at}"), &body.to_string());
+    }
+
+    pub fn umount(&self, at: &str) {
+        self.call("DELETE", &format!("v1/mount?mountpoint={at}"), "");
+    }
+}
+
+/// All numbers of a list.
+pub fn numbers(list: &Value) -> Vec<u64> {
+    let list = list.as_array().unwrap_or_else(|| panic!("a list: {list}"));
+    list.iter().map(|number| number.as_u64().expect("a number")).collect()
+}
+
+/// `YYYY-MM-DD HH:MM:SS.f+ +00:00:00`
+pub fn is_time(text: &str) -> bool {
+    let parts: Vec<&str> = text.split(' ').collect();
+    let [date, time, zone] = parts[..] else { return false };
+    let (time, fraction) = time.split_once('.').unwrap_or((time, ""));
+    let shape = |text: &str, like: &str| {
+        text.len() == like.len()
+            && text.bytes().zip(like.bytes()).all(|(c, l)| match l {
+                b'0' => c.is_ascii_digit(),
+                _ => c == l,
+            })
+    };
+    shape(date, "0000-00-00")
+        && shape(time, "00:00:00")
+        && !fraction.is_empty()
+        && fraction.bytes().all(|c| c.is_ascii_digit())
+        && zone == "+00:00:00"
+}
+
 /// The config document that nydus-snapshotter writes and Kata passes on, for blobs in a directory.
 pub fn snapshotter_config(id: &str, blobs: &Path, cache: &Path) -> String {
     json!({

@@ -31,6 +31,7 @@ pub struct Launch {
     pub config: PathBuf,
     pub log_level: String,
     pub extra: Vec<OsString>,
+    pub envs: Vec<(OsString, OsString)>,
 }
 
 impl Launch {
@@ -48,6 +49,7 @@ impl Launch {
             config: scratch.join("config.json"),
             log_level: "info".into(),
             extra: Vec::new(),
+            envs: Vec::new(),
         }
     }
 
@@ -78,6 +80,12 @@ impl Launch {
 
     pub fn arg(mut self, arg: impl Into<OsString>) -> Launch {
         self.extra.push(arg.into());
+        self
+    }
+
+    /// A variable of the daemon's environment.
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Launch {
+        self.envs.push((name.into(), value.into()));
         self
     }
 
@@ -119,6 +127,10 @@ impl Launch {
             .arg(&self.log_level)
             .args(&self.extra)
             .env_remove("RUST_LOG")
+            // What is asked in a test is on this machine.
+            .env("NO_PROXY", "*")
+            .env("no_proxy", "*")
+            .envs(self.envs.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());

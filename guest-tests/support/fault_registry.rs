@@ -15,7 +15,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -116,6 +116,8 @@ struct State {
     connections: Mutex<HashMap<u64, TcpStream>>,
     /// When the line is free again, if it has a bandwidth.
     line: Mutex<Instant>,
+    accepted: AtomicU64,
+    faults_met: AtomicU64,
     stop: AtomicBool,
     host: String,
 }
@@ -172,6 +174,8 @@ impl FaultRegistry {
             seen: Mutex::default(),
             connections: Mutex::default(),
             line: Mutex::new(Instant::now()),
+            accepted: AtomicU64::new(0),
+            faults_met: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             host: addr.to_string(),
         });
@@ -257,9 +261,14 @@ impl FaultRegistry {
         self.state.seen.lock().expect("no panic under this lock").clear();
     }
 
-    /// Connections that are open.
-    pub fn connections(&self) -> usize {
-        self.state.connections.lock().expect("no panic under this lock").len()
+    /// Requests so far that met a fault.
+    pub fn faults_met(&self) -> u64 {
+        self.state.faults_met.load(Ordering::Relaxed)
+    }
+
+    /// Connections that were made so far.
+    pub fn connections(&self) -> u64 {
+        self.state.accepted.load(Ordering::Relaxed)
     }
 }
 
@@ -305,6 +314,7 @@ fn accept(listener: &TcpListener, state: &Arc<State>) {
             return;
         }
         let Ok(twin) = stream.try_clone() else { continue };
+        state.accepted.fetch_add(1, Ordering::Relaxed);
         state.connections.lock().expect("no panic under this lock").insert(number, twin);
         let state = state.clone();
         thread::spawn(move || {
@@ -429,6 +439,9 @@ impl Connection<'_> {
         match settings.left {
             0 => Fault::None,
             left => {
+                if settings.fault != Fault::None {
+                    self.state.faults_met.fetch_add(1, Ordering::Relaxed);
+                }
                 settings.left = if left == u64::MAX { left } else { left - 1 };
                 settings.fault
             }

@@ -5,7 +5,7 @@
 //! code of the daemon, so that a layout that is wrong there cannot be wrong here in the same way.
 //! `daemon` runs `rafsd`, `golden` knows the images whose content is written down, and `hang_fs` is
 //! a backend that hangs, fails and lies on command, `fault_registry` one that does so over HTTP;
-//! `image` makes images of a size that tests choose.
+//! `stage` puts a guest before it, `image` makes images of a size that tests choose.
 
 // Each test program compiles this module whole and uses its own part of it.
 #![allow(dead_code)]
@@ -20,7 +20,10 @@ pub mod golden_cases;
 pub mod hang_fs;
 pub mod image;
 pub mod memory;
+pub mod parts;
+pub mod registry;
 pub mod rng;
+pub mod stage;
 pub mod virtqueue;
 
 /// A `u64` as an index; the tests run on 64-bit hosts only.

@@ -114,9 +114,9 @@ impl Registry {
             config["auth"] = serde_json::json!({
                 "htpasswd": { "realm": "test", "path": dir.path().join("htpasswd") },
             });
-            // What docker and its relatives read: `DOCKER_CONFIG` names this directory. The port comes later.
-            fs::create_dir(dir.path().join("docker"))?;
         }
+        // What docker and its relatives read: `DOCKER_CONFIG` names this directory. The port comes later.
+        fs::create_dir(dir.path().join("docker"))?;
         // JSON is YAML.
         fs::write(dir.path().join("config.yml"), config.to_string())?;
         let mut command = Command::new("setpriv");
@@ -154,10 +154,11 @@ impl Registry {
     }
 
     fn write_docker_config(&self) -> Result<()> {
-        use base64::Engine;
-        let Some((name, password)) = &self.setup.user else { return Ok(()) };
-        let auth = base64::engine::general_purpose::STANDARD.encode(format!("{name}:{password}"));
-        let config = serde_json::json!({ "auths": { self.host(): { "auth": auth } } });
+        let auths = match self.auth() {
+            Some(auth) => serde_json::json!({ self.host(): { "auth": auth } }),
+            None => serde_json::json!({}),
+        };
+        let config = serde_json::json!({ "auths": auths });
         fs::write(self.dir.path().join("docker/config.json"), config.to_string())?;
         Ok(())
     }
@@ -189,12 +190,16 @@ impl Registry {
         self.dir.path().join("certificates/ca.crt")
     }
 
-    /// A directory with a `config.json` that holds the user's credentials, for `DOCKER_CONFIG`.
-    ///
-    /// Panics if everybody may use the registry.
+    /// A directory with a `config.json` that holds the user's credentials, if there is one, for `DOCKER_CONFIG`.
     pub fn docker_config(&self) -> PathBuf {
-        assert!(self.setup.user.is_some(), "this registry has no user");
         self.dir.path().join("docker")
+    }
+
+    /// Name and password of the user in base64, as `auth` of a daemon's configuration.
+    pub fn auth(&self) -> Option<String> {
+        use base64::Engine;
+        let (name, password) = self.setup.user.as_ref()?;
+        Some(base64::engine::general_purpose::STANDARD.encode(format!("{name}:{password}")))
     }
 
     /// Its temporary directory.

@@ -17,11 +17,13 @@ use crate::rafs::id::BlobId;
 pub mod error;
 pub mod local_disk;
 pub mod localfs;
+pub mod meter;
 pub mod network;
 
 pub use error::{BackendCause, BackendError};
 pub use local_disk::LocalDiskConfig;
 pub use localfs::{LocalFs, LocalFsConfig};
+pub use meter::{Metered, ReadTotals};
 pub use network::Remote;
 
 /// The bytes of one read, in order, in pieces of any size but zero. Ends behind the last byte

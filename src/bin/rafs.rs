@@ -23,6 +23,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Create(build::create::Args),
+    Convert(Box<build::convert::cli::Args>),
     Merge(build::merge_cli::Args),
     Inspect(build::inspect::Args),
     Check(Box<build::check::Args>),
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     env_logger::Builder::new().filter_level(cli.log_level).format_timestamp(None).init();
     let result = match cli.command {
         Command::Create(args) => build::create::run(args),
+        Command::Convert(args) => build::convert::cli::run(*args),
         Command::Merge(args) => build::merge_cli::run(args),
         Command::Inspect(args) => build::inspect::run(args),
         Command::Check(args) => build::check::run(*args),

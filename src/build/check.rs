@@ -35,6 +35,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 pub use self::filesystem::MtimePrecision;
+use crate::oci::http::HttpOptions;
 use crate::oci::manifest::PlatformName;
 use crate::oci::reference::Reference;
 use crate::oci::registry::Access;
@@ -105,6 +106,23 @@ pub struct Args {
     #[arg(long, value_enum, value_name = "PRECISION", default_value = "exact", requires = "from")]
     mtime: MtimePrecision,
 
+    /// Take the source's registry without checking its certificate, or without TLS if it has none.
+    ///
+    /// Registries on this machine may lack TLS without it. What is read is compared with its digest
+    /// either way.
+    #[arg(long, requires = "source")]
+    source_insecure: bool,
+
+    /// The same for the target's registry.
+    #[arg(long, requires = "target")]
+    target_insecure: bool,
+
+    /// PEM file with certificates of authorities to trust, too.
+    ///
+    /// May be given several times.
+    #[arg(long, value_name = "FILE", requires = "from")]
+    ca_file: Vec<PathBuf>,
+
     /// Print JSON instead of a table.
     ///
     /// One object, described in docs/check.md.
@@ -138,6 +156,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
         (None, None) => unreachable!("the command line names one of them"),
     };
     let Some(source) = source else { unreachable!("a target is named with a source only") };
+    let access = |insecure| {
+        let ca_files = args.ca_file.clone();
+        let http = HttpOptions { ca_files, skip_verify: insecure, ..HttpOptions::default() };
+        Access { http, credentials: None }
+    };
     pair::run(&pair::Args {
         source,
         target,
@@ -145,7 +168,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
         mtime: args.mtime,
         max_differences: max_problems,
         json: args.json,
-        access: Access::default(),
+        source_access: access(args.source_insecure),
+        target_access: access(args.target_insecure),
     })
 }
 

@@ -115,7 +115,7 @@ fn open_parent(path: &Path, request: &Request) -> anyhow::Result<Parent> {
 }
 
 /// Refuses an image whose chunks cannot be shared.
-fn fits(image: &Image, name: &str, settings: Settings) -> Result<(), BuildError> {
+pub(super) fn fits(image: &Image, name: &str, settings: Settings) -> Result<(), BuildError> {
     let mismatch = |reason: String| BuildError::Mismatch { name: name.to_owned(), reason };
     let has = defaults_of(image);
     if has.chunk_size != settings.chunk_size {

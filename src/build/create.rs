@@ -216,7 +216,7 @@ pub(super) fn parse_chunk_dict(text: &str) -> Result<PathBuf, String> {
     if path.is_empty() { Err("no file is named".to_owned()) } else { Ok(path.into()) }
 }
 
-fn parse_fs_version(text: &str) -> Result<u32, String> {
+pub(super) fn parse_fs_version(text: &str) -> Result<u32, String> {
     match text {
         "6" => Ok(6),
         "5" => Err("RAFS v5 images can be read but not built; leave the option out".to_owned()),

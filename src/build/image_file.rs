@@ -1,14 +1,12 @@
 //! The file that a user names as an image: a bootstrap, or a packed blob with one inside.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use base64::Engine;
 
 use crate::rafs::id::BlobId;
-use crate::rafs::layout::{EROFS_MAGIC, RAFS_V5_MAGIC, SUPER_OFFSET};
 use crate::rafs::toc::PackedBlob;
 use crate::rafs::{Bootstrap, FormatError};
 
@@ -30,11 +28,8 @@ pub fn open(path: &Path) -> Result<ImageFile> {
     let describe = || format!("{}", path.display());
     let io = |source| FormatError::Io { path: path.display().to_string(), source };
     let file = File::open(path).map_err(io)?;
-    let mut head = [0; SUPER_OFFSET + 4];
-    let is_bootstrap = file.read_exact_at(&mut head, 0).is_err()
-        || head.starts_with(&RAFS_V5_MAGIC.to_le_bytes())
-        || head.ends_with(&EROFS_MAGIC.to_le_bytes());
-    let packed = if is_bootstrap { None } else { PackedBlob::read(&file).ok() };
+    // A packed blob is known by its end: that of a layer without data starts with its bootstrap.
+    let packed = PackedBlob::read(&file).ok();
     let bootstrap = match &packed {
         Some(packed) => packed
             .bootstrap(&file)

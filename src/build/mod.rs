@@ -9,7 +9,8 @@
 //! go) · `write` (the bootstrap). The same source gives the same bytes on every run and for every
 //! number of threads.
 //!
-//! `merge` makes an image of the bootstraps of layers, which `load` reads. `unpack` goes the other
+//! `merge` makes an image of the bootstraps of layers, which `load` reads; `convert` does both from
+//! registry to registry. `unpack` goes the other
 //! way, `stat`, `inspect` and `check` read what `image_file` opens.
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ pub mod blob_file;
 pub mod check;
 pub mod chunker;
 pub mod compose;
+pub mod convert;
 pub mod create;
 pub mod dedup;
 pub mod dirent;

@@ -12,9 +12,11 @@ use tokio::runtime::Handle;
 
 use super::DaemonError;
 use super::config::{BackendConfig, Config};
-use crate::backend::{Backend, LocalFs, Outage, Remote};
-use crate::blob::{Store, StoreConfig};
+use super::metrics::CacheTotals;
+use crate::backend::{Backend, LocalFs, Metered, Outage, Remote};
+use crate::blob::{Blob, Store, StoreConfig};
 use crate::fuse::{RafsFs, RafsOptions};
+use crate::oci::names::Resolver;
 use crate::rafs::Bootstrap;
 
 /// How long a read waits that is told to wait for as long as it takes.
@@ -30,12 +32,32 @@ pub struct Source {
     pub name: String,
 }
 
+/// An image that can be mounted.
+pub struct Image {
+    pub fs: RafsFs,
+    pub parts: ImageParts,
+}
+
+/// What belongs to an image as long as it is mounted.
+pub struct ImageParts {
+    pub bootstrap: Bootstrap,
+    /// By blob index.
+    pub blobs: Vec<Arc<Blob>>,
+    pub backend: Arc<Metered>,
+    pub store: Arc<Store>,
+    /// Name under which the API finds its config; may be empty.
+    pub config_id: String,
+    pub work_dir: PathBuf,
+}
+
 /// Opens images, and keeps the caches that they use.
 pub struct Images {
     runtime: Handle,
     read_timeout: Duration,
     /// Threads that decompress and verify; 0: chosen by the number of processors.
     workers: usize,
+    /// Of the backends of all images.
+    resolver: Resolver,
     caches: Mutex<Caches>,
 }
 
@@ -43,14 +65,22 @@ pub struct Images {
 struct Caches {
     /// By `work_dir`.
     stores: HashMap<PathBuf, Arc<Store>>,
-    /// Bytes fetched by, and bytes in all blobs of, caches that are no longer used.
-    retired: (u64, u64),
+    /// What was counted by caches that are no longer used.
+    retired: CacheTotals,
+    /// Bytes in all blobs that were opened in them.
+    retired_bytes: u64,
 }
 
 impl Images {
     /// Waits for chunks run on `runtime`; `workers` as for `--thread-num`.
     pub fn new(runtime: Handle, read_timeout: Duration, workers: u16) -> Images {
-        Images { runtime, read_timeout, workers: workers.into(), caches: Mutex::default() }
+        Images {
+            runtime,
+            read_timeout,
+            workers: workers.into(),
+            resolver: Resolver::default(),
+            caches: Mutex::default(),
+        }
     }
 
     /// Opens an image. Reads the super block and tables of the bootstrap, and may wait for the disk
@@ -59,7 +89,7 @@ impl Images {
     /// # Errors
     ///
     /// The bootstrap or the cache directory cannot be used.
-    pub fn open(&self, source: Source) -> Result<RafsFs, DaemonError> {
+    pub fn open(&self, source: Source) -> Result<Image, DaemonError> {
         let begin = Instant::now();
         let Source { bootstrap: path, config, name } = source;
         for note in &config.notes {
@@ -68,11 +98,11 @@ impl Images {
         let bad = |source| DaemonError::Bootstrap { path: path.clone(), source };
         let bootstrap = Bootstrap::open(&path).map_err(bad)?;
         let store = self.store(&config.work_dir)?;
-        let backend = self.backend(&config.backend)?;
+        let backend = Arc::new(Metered::new(self.backend(&config.backend)?));
         let blobs = bootstrap
             .blobs()
             .iter()
-            .map(|blob| store.open_blob(&bootstrap, blob.index, Arc::clone(&backend)))
+            .map(|blob| store.open_blob(&bootstrap, blob.index, backend.clone()))
             .collect::<Result<Vec<_>, _>>()?;
         describe(&name, &path, &bootstrap, backend.name(), &config, begin);
         let read_timeout = match backend.outage() {
@@ -80,27 +110,41 @@ impl Images {
             Outage::Deadline | Outage::Fail { .. } => self.read_timeout,
         };
         let options = RafsOptions { name, read_timeout, ..RafsOptions::default() };
-        Ok(RafsFs::new(bootstrap, blobs, options))
+        let fs = RafsFs::new(bootstrap.clone(), blobs.clone(), options);
+        let Config { id: config_id, work_dir, .. } = config;
+        Ok(Image {
+            fs,
+            parts: ImageParts { bootstrap, blobs, backend, store, config_id, work_dir },
+        })
     }
 
     /// Bytes fetched so far, and bytes of chunk data in all blobs opened so far.
     pub fn fetched(&self) -> (u64, u64) {
         let caches = self.lock();
-        caches.stores.values().fold(caches.retired, |(fetched, total), store| {
+        let before = (caches.retired.fetched_bytes(), caches.retired_bytes);
+        caches.stores.values().fold(before, |(fetched, total), store| {
             let (more, of) = store.fetched();
             (fetched + more, total + of)
         })
     }
 
+    /// What all caches have counted since the daemon started.
+    pub fn cache_totals(&self) -> CacheTotals {
+        let caches = self.lock();
+        let mut totals = caches.retired.clone();
+        caches.stores.values().for_each(|store| totals.add(store.counters()));
+        totals
+    }
+
     /// Lets go of caches that no image uses any more.
     pub fn sweep(&self) {
         let mut caches = self.lock();
-        let Caches { stores, retired } = &mut *caches;
+        let Caches { stores, retired, retired_bytes } = &mut *caches;
         stores.retain(|_, store| {
             let used = Arc::strong_count(store) > 1;
             if !used {
-                let (fetched, total) = store.fetched();
-                *retired = (retired.0 + fetched, retired.1 + total);
+                retired.add(store.counters());
+                *retired_bytes += store.fetched().1;
             }
             used
         });
@@ -113,7 +157,8 @@ impl Images {
             BackendConfig::Oci(dir) => Arc::new(LocalFs::oci_layout(dir, runtime)),
             BackendConfig::LocalDisk(disk) => Arc::new(LocalFs::disk(disk.clone(), runtime)),
             BackendConfig::Remote(remote) => {
-                let remote = Remote::new(*remote.clone(), self.read_timeout);
+                let resolver = self.resolver.clone();
+                let remote = Remote::new(*remote.clone(), self.read_timeout, resolver);
                 Arc::new(remote.map_err(|source| DaemonError::Backend { source })?)
             }
         })

@@ -7,7 +7,7 @@
 //! characters escaped, so that names chosen by a guest cannot forge lines. The level can be changed
 //! while running.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -42,6 +42,7 @@ pub enum Target {
 #[derive(Debug)]
 pub struct LogGuard {
     lines: Sender<Line>,
+    events: Arc<Events>,
 }
 
 /// Starts logging at `level`; to be called once.
@@ -54,13 +55,19 @@ pub fn init(level: LevelFilter, target: Target) -> io::Result<LogGuard> {
         Target::Stderr => Sink::Fd(Box::new(io::stderr())),
         Target::File { path, rotate_at } => Sink::file(path, rotate_at)?,
     };
-    let (logger, lines) = start(sink)?;
+    let events = Arc::<Events>::default();
+    let (logger, lines) = start(sink, Arc::clone(&events))?;
     log::set_boxed_logger(Box::new(logger)).map_err(io::Error::other)?;
     log::set_max_level(level);
-    Ok(LogGuard { lines })
+    Ok(LogGuard { lines, events })
 }
 
 impl LogGuard {
+    /// The errors that were logged last.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
     /// Waits until the lines logged so far are written, at most `timeout`.
     pub fn flush(&self, timeout: Duration) {
         let (done, wait) = bounded(1);
@@ -71,13 +78,50 @@ impl LogGuard {
     }
 }
 
+/// The last errors, for `GET /api/v1/daemon/events`.
+#[derive(Debug, Default)]
+pub struct Events(Mutex<Recent>);
+
+#[derive(Debug, Default)]
+struct Recent {
+    messages: VecDeque<String>,
+    /// Their length.
+    bytes: usize,
+}
+
+impl Events {
+    /// Errors that are kept.
+    pub const MAX_ERRORS: usize = 500;
+    /// Bytes of errors that are kept.
+    pub const MAX_SIZE: usize = 50 * 1024;
+
+    /// Those that are kept, the oldest first.
+    pub fn messages(&self) -> Vec<String> {
+        self.lock().messages.iter().cloned().collect()
+    }
+
+    fn add(&self, message: String) {
+        let mut recent = self.lock();
+        recent.bytes += message.len();
+        recent.messages.push_back(message);
+        while recent.messages.len() > Self::MAX_ERRORS || recent.bytes > Self::MAX_SIZE {
+            let Some(oldest) = recent.messages.pop_front() else { break };
+            recent.bytes -= oldest.len();
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Recent> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
 enum Line {
     Text(Vec<u8>),
     Flush(Sender<()>),
 }
 
 /// Builds the logger and starts its writer thread.
-fn start(sink: Sink) -> io::Result<(Limited, Sender<Line>)> {
+fn start(sink: Sink, events: Arc<Events>) -> io::Result<(Limited, Sender<Line>)> {
     let (lines, queue) = bounded(QUEUE_LINES);
     let dropped = Arc::new(AtomicU64::new(0));
     let writer = Writer { queue, sink, dropped: Arc::clone(&dropped) };
@@ -87,7 +131,7 @@ fn start(sink: Sink) -> io::Result<(Limited, Sender<Line>)> {
         .format(|out, record| out.write_all(format_line(record, out.timestamp_millis()).as_bytes()))
         .target(env_logger::Target::Pipe(Box::new(Enqueue { lines: lines.clone(), dropped })))
         .build();
-    Ok((Limited { inner, sites: Mutex::new(HashMap::new()) }, lines))
+    Ok((Limited { inner, sites: Mutex::new(HashMap::new()), events }, lines))
 }
 
 /// One line: time, level, module, message.
@@ -128,6 +172,7 @@ impl Write for Enqueue {
 struct Limited {
     inner: env_logger::Logger,
     sites: Mutex<HashMap<(&'static str, u32), Site>>,
+    events: Arc<Events>,
 }
 
 /// One call site in the current second.
@@ -196,7 +241,13 @@ impl Log for Limited {
             self.inner
                 .log(&Record::builder().metadata(record.metadata().clone()).args(args).build());
         };
-        match self.admit(record) {
+        let verdict = self.admit(record);
+        if record.level() == Level::Error && verdict != Verdict::Suppress {
+            let seconds = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
+            let message = format!("{seconds} {}", record.args());
+            self.events.add(message.chars().take(1024).collect());
+        }
+        match verdict {
             Verdict::Suppress => {}
             Verdict::Pass { missed: 0 } => self.inner.log(record),
             Verdict::Pass { missed } => {
@@ -312,8 +363,9 @@ mod tests {
     /// A logger of its own on a pipe; the global one is not touched.
     fn on_pipe() -> (Limited, LogGuard, io::PipeReader) {
         let (reader, writer) = io::pipe().unwrap();
-        let (logger, lines) = start(Sink::Fd(Box::new(writer))).unwrap();
-        (logger, LogGuard { lines }, reader)
+        let events = Arc::<Events>::default();
+        let (logger, lines) = start(Sink::Fd(Box::new(writer)), events.clone()).unwrap();
+        (logger, LogGuard { lines, events }, reader)
     }
 
     fn say(logger: &Limited, level: Level, line: u32, message: &str) {
@@ -416,6 +468,24 @@ mod tests {
             say(&logger, Level::Info, i, "into the void");
         }
         guard.flush(Duration::from_secs(5));
+    }
+
+    #[test]
+    fn the_last_errors_are_kept() {
+        let (logger, guard, _reader) = on_pipe();
+        say(&logger, Level::Warn, 1, "no error");
+        for i in 0..600 {
+            say(&logger, Level::Error, i, &format!("error {i}"));
+        }
+        let messages = guard.events().messages();
+        assert_eq!(messages.len(), Events::MAX_ERRORS);
+        assert!(messages[0].starts_with("20") && messages[0].ends_with("Z error 100"));
+        for i in 0..100 {
+            say(&logger, Level::Error, 1000 + i, &"é".repeat(2000));
+        }
+        let messages = guard.events().messages();
+        let bytes: usize = messages.iter().map(String::len).sum();
+        assert!(bytes <= Events::MAX_SIZE && bytes > Events::MAX_SIZE - 3000, "{bytes}");
     }
 
     #[test]

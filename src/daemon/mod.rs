@@ -9,11 +9,13 @@ pub mod cli;
 pub mod config;
 pub mod image;
 pub mod log;
+pub mod metrics;
 pub mod mounted;
 pub mod run;
 pub mod signal;
 pub mod socket;
 pub mod state;
+pub mod supervisor;
 pub mod version;
 
 use std::io;

@@ -13,9 +13,10 @@ use serde::Serialize;
 
 use super::DaemonError;
 use super::config::Config;
-use super::image::{Images, Source};
+use super::image::{Image, ImageParts, Images, Source};
+use crate::backend::{Backend, BackendCause};
 use crate::fuse::{
-    AnyFs, MountError, MountPath, Mounts, PassthroughFs, PassthroughOptions, PathError,
+    AnyFs, Cache, MountError, MountPath, Mounts, PassthroughFs, PassthroughOptions, PathError,
 };
 
 /// One mounted file system, as the API shows it.
@@ -55,24 +56,42 @@ pub enum ChangeError {
     Open(#[from] DaemonError),
 }
 
+/// What is mounted at one place.
+#[derive(Clone)]
+pub struct Entry {
+    pub info: MountInfo,
+    /// If it is an image.
+    pub image: Option<Arc<ImageParts>>,
+}
+
 /// Something that is open and not mounted yet.
 pub struct Prepared {
     at: MountPath,
     fs: AnyFs,
-    info: MountInfo,
+    entry: Entry,
 }
 
 /// Everything that is mounted.
 pub struct Mounted {
     table: Arc<Mounts>,
     images: Images,
-    entries: Mutex<BTreeMap<MountPath, MountInfo>>,
+    cache: Cache,
+    entries: Mutex<BTreeMap<MountPath, Entry>>,
+    /// What was read from sources of images that are no longer mounted, by the source's name.
+    retired: Mutex<BTreeMap<String, SourceTotals>>,
 }
 
 impl Mounted {
     /// Nothing but an empty root.
-    pub fn new(images: Images) -> Mounted {
-        Mounted { table: Mounts::new(), images, entries: Mutex::default() }
+    /// `cache` is what guests may keep of shared directories.
+    pub fn new(images: Images, cache: Cache) -> Mounted {
+        Mounted {
+            table: Mounts::new(),
+            images,
+            cache,
+            entries: Mutex::default(),
+            retired: Mutex::default(),
+        }
     }
 
     /// The tree that guests see.
@@ -113,8 +132,10 @@ impl Mounted {
     /// It cannot be opened.
     pub fn prepare(&self, at: &str, what: What) -> Result<Prepared, ChangeError> {
         let at = MountPath::parse(at)?;
-        let (fs, info) = self.open(&at, what)?;
-        Ok(Prepared { at, fs, info })
+        // What earlier attempts may have left.
+        self.images.sweep();
+        let (fs, entry) = self.open(&at, what)?;
+        Ok(Prepared { at, fs, entry })
     }
 
     /// Mounts what was opened; returns at once.
@@ -123,10 +144,10 @@ impl Mounted {
     ///
     /// Something is in the way; nothing has changed then.
     pub fn mount(&self, prepared: Prepared) -> Result<(), ChangeError> {
-        let Prepared { at, fs, info } = prepared;
+        let Prepared { at, fs, entry } = prepared;
         let mut entries = self.lock();
         self.table.mount(&at, fs)?;
-        entries.insert(at.clone(), info);
+        entries.insert(at.clone(), entry);
         drop(entries);
         log::info!("{at}: mounted");
         Ok(())
@@ -138,11 +159,12 @@ impl Mounted {
     ///
     /// Nothing is mounted there any more; nothing has changed then.
     pub fn remount(&self, prepared: Prepared) -> Result<(), ChangeError> {
-        let Prepared { at, fs, info } = prepared;
+        let Prepared { at, fs, entry } = prepared;
         let mut entries = self.lock();
         self.table.remount(&at, fs)?;
-        entries.insert(at.clone(), info);
+        let old = entries.insert(at.clone(), entry);
         drop(entries);
+        self.retire(old);
         self.images.sweep();
         log::info!("{at}: mounted anew");
         Ok(())
@@ -157,8 +179,9 @@ impl Mounted {
         let at = MountPath::parse(at)?;
         let mut entries = self.lock();
         self.table.unmount(&at)?;
-        entries.remove(&at);
+        let old = entries.remove(&at);
         drop(entries);
+        self.retire(old);
         self.images.sweep();
         log::info!("{at}: unmounted");
         Ok(())
@@ -167,10 +190,31 @@ impl Mounted {
     /// All mounts, by mountpoint.
     pub fn infos(&self) -> BTreeMap<String, MountInfo> {
         let entries = self.lock();
-        entries.values().map(|info| (info.mountpoint.clone(), info.clone())).collect()
+        entries.values().map(|e| (e.info.mountpoint.clone(), e.info.clone())).collect()
     }
 
-    fn open(&self, at: &MountPath, what: What) -> Result<(AnyFs, MountInfo), DaemonError> {
+    /// All mounts, with where they are.
+    pub fn entries(&self) -> Vec<(MountPath, Entry)> {
+        self.lock().iter().map(|(at, entry)| (at.clone(), entry.clone())).collect()
+    }
+
+    /// What was read from each source since the daemon started, by the source's name.
+    pub fn sources(&self) -> BTreeMap<String, SourceTotals> {
+        let mut sources = self.retired.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (_, entry) in self.entries() {
+            add_sources(&mut sources, &entry);
+        }
+        sources
+    }
+
+    /// Counts on what an image has read that is no longer mounted.
+    fn retire(&self, entry: Option<Entry>) {
+        if let Some(entry) = entry {
+            add_sources(&mut self.retired.lock().unwrap_or_else(PoisonError::into_inner), &entry);
+        }
+    }
+
+    fn open(&self, at: &MountPath, what: What) -> Result<(AnyFs, Entry), DaemonError> {
         let name = at.to_string();
         match what {
             What::Image { bootstrap, config, prefetch_files } => {
@@ -181,17 +225,21 @@ impl Mounted {
                 config.check_paths()?;
                 let public = config.public();
                 let source = Source { bootstrap, config, name: name.clone() };
-                let fs = self.images.open(source)?;
+                let Image { fs, parts } = self.images.open(source)?;
                 let info = MountInfo {
                     backend_type: "Rafs",
                     mountpoint: name,
                     mounted_time: SystemTime::now(),
                     config: public,
                 };
-                Ok((fs.into(), info))
+                Ok((fs.into(), Entry { info, image: Some(Arc::new(parts)) }))
             }
             What::Directory(path) => {
-                let options = PassthroughOptions { name: name.clone(), ..Default::default() };
+                let options = PassthroughOptions {
+                    name: name.clone(),
+                    cache: self.cache,
+                    ..Default::default()
+                };
                 let fs = PassthroughFs::new(&path, options)?;
                 log::info!("{at}: directory {}", path.display());
                 let info = MountInfo {
@@ -200,13 +248,39 @@ impl Mounted {
                     mounted_time: SystemTime::now(),
                     config: serde_json::Value::Null,
                 };
-                Ok((fs.into(), info))
+                Ok((fs.into(), Entry { info, image: None }))
             }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<MountPath, MountInfo>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<MountPath, Entry>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What was read from one source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SourceTotals {
+    pub requests: u64,
+    pub bytes: u64,
+    /// In the order of [`BackendCause::ALL`].
+    pub errors: [u64; BackendCause::ALL.len()],
+}
+
+/// Sources that are told apart; what comes from further ones is counted as `other`.
+const MAX_SOURCES: usize = 200;
+
+fn add_sources(sources: &mut BTreeMap<String, SourceTotals>, entry: &Entry) {
+    let Some(image) = &entry.image else { return };
+    for source in image.backend.sources() {
+        let known = sources.len() < MAX_SOURCES || sources.contains_key(&source.name);
+        let name = if known { source.name } else { "other".to_owned() };
+        let totals = sources.entry(name).or_default();
+        totals.requests += source.requests;
+        totals.bytes += source.bytes;
+        for (sum, errors) in totals.errors.iter_mut().zip(source.errors) {
+            *sum += errors;
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
 use super::DaemonError;
-use super::cli::Options;
+use super::cli::{Options, VmmSocket};
 use super::config::Config;
 use super::image::Images;
 use super::log::{LogGuard, Target};
@@ -25,6 +25,7 @@ use super::signal;
 use super::socket::Sockets;
 use super::state::{State, Status, StopReason};
 use crate::device::{Device, DeviceConfig, Listener, Stop};
+use crate::fuse::ServerOptions;
 
 /// How long the device and the API may take to end.
 const GRACE: Duration = Duration::from_millis(250);
@@ -91,8 +92,8 @@ fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
     let runtime = runtime(&options).map_err(system("threads for downloads"))?;
     let images = Images::new(runtime.handle().clone(), options.read_timeout, options.workers);
     let (id, supervisor) = (options.id.clone(), options.supervisor.clone());
-    let mounted = Arc::new(Mounted::new(images));
-    let status = Arc::new(Status::new(id, supervisor, mounted, stop));
+    let mounted = Arc::new(Mounted::new(images, options.cache));
+    let status = Arc::new(Status::new(id, supervisor, mounted, Arc::clone(log.events()), stop));
     signal::stop_on_signals(Arc::clone(&status)).map_err(system("signal handlers"))?;
     for (flag, reason) in &options.ignored {
         log::info!("ignored: {flag}: {reason}");
@@ -180,14 +181,21 @@ fn start(context: &Arc<Context>) -> Result<Running, DaemonError> {
     let Context { options, status, sockets, runtime, .. } = &**context;
     let begin = Instant::now();
     let with_api = start_api(context)?;
-    if let Some(bootstrap) = &options.bootstrap {
-        mount_image(options, bootstrap, status.mounted())?;
-    }
+    mount_at_start(options, status.mounted())?;
     let system = |source| DaemonError::System { what: "socket", source };
-    let listener = Listener::from_socket(sockets.listen(&options.sock)?).map_err(system)?;
+    let (socket, name) = match &options.sock {
+        VmmSocket::Path(path) => (sockets.listen(path)?, path.display().to_string()),
+        VmmSocket::Fd(fd) => (Sockets::inherited(*fd)?, format!("descriptor {fd}")),
+    };
+    if let (VmmSocket::Path(path), Some(group)) = (&options.sock, &options.socket_group) {
+        Sockets::give_to_group(path, group)?;
+    }
+    let listener = Listener::from_socket(socket).map_err(system)?;
     let config = DeviceConfig { tag: options.tag.clone(), request_queues: options.request_queues };
     let mounts = Arc::clone(status.mounted().table());
-    let device = Device::new(config, mounts, runtime.handle().clone())?;
+    let server = ServerOptions { writeback: options.writeback, ..ServerOptions::default() };
+    let device = Device::new(config, mounts, server, runtime.handle().clone())?;
+    status.set_device(device.counters());
     status.set_state(State::Ready);
     let serving = Arc::clone(context);
     spawn("vhost-user", move || {
@@ -195,17 +203,27 @@ fn start(context: &Arc<Context>) -> Result<Running, DaemonError> {
         let _ = serving.events.send(Event::Ended(ended));
     })?;
     status.set_state(State::Running);
-    log::info!(
-        "running: serving tag {} on {}, ready in {:?}",
-        options.tag,
-        options.sock.display(),
-        begin.elapsed()
-    );
+    log::info!("running: serving tag {} on {name}, ready in {:?}", options.tag, begin.elapsed());
+    if options.announce_socket {
+        // Kata waits for this text of virtiofsd, whatever the log level is.
+        let _ = writeln!(io::stderr(), "Waiting for vhost-user socket connection...");
+    }
     Ok(Running { services: 1 + usize::from(with_api) })
 }
 
-/// Mounts the image that the command line names.
-fn mount_image(options: &Options, bootstrap: &Path, mounted: &Mounted) -> Result<(), DaemonError> {
+/// Mounts the directory or the image that the command line names.
+fn mount_at_start(options: &Options, mounted: &Mounted) -> Result<(), DaemonError> {
+    let at = &options.mountpoint;
+    let failed = |source| DaemonError::Mount { at: at.clone(), source: Box::new(source) };
+    let what = match (&options.shared_dir, &options.bootstrap) {
+        (Some(dir), _) => What::Directory(dir.clone()),
+        (None, Some(bootstrap)) => image_at_start(options, bootstrap)?,
+        (None, None) => return Ok(()),
+    };
+    mounted.prepare(at, what).and_then(|prepared| mounted.mount(prepared)).map_err(failed)
+}
+
+fn image_at_start(options: &Options, bootstrap: &Path) -> Result<What, DaemonError> {
     let config = match &options.config {
         Some(file) => Config::load(file)?,
         None => Config::beside(bootstrap, options.localfs_dir.as_deref())?,
@@ -213,14 +231,11 @@ fn mount_image(options: &Options, bootstrap: &Path, mounted: &Mounted) -> Result
     if let Some(file) = &options.config {
         log::info!("config {}: {}", file.display(), config.form);
     }
-    let image = What::Image {
+    Ok(What::Image {
         bootstrap: bootstrap.to_owned(),
         config: Box::new(config),
         prefetch_files: Vec::new(),
-    };
-    let at = &options.mountpoint;
-    let failed = |source| DaemonError::Mount { at: at.clone(), source: Box::new(source) };
-    mounted.prepare(at, image).and_then(|image| mounted.mount(image)).map_err(failed)
+    })
 }
 
 /// Serves the API if a socket for it was asked for; says whether.

@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{BorrowedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+
+use rustix::net::{AddressFamily, sockopt};
 
 /// Why a path cannot become a socket.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +20,10 @@ pub enum SocketError {
     NotASocket { path: PathBuf },
     #[error("socket {}: the daemon is ending", path.display())]
     Ending { path: PathBuf },
+    #[error("socket: there is no group {group}")]
+    NoGroup { group: String },
+    #[error("descriptor {fd}: {reason}")]
+    Inherited { fd: RawFd, reason: String },
     #[error("socket {}", path.display())]
     Io { path: PathBuf, source: io::Error },
 }
@@ -76,6 +83,44 @@ impl Sockets {
         Ok(listener)
     }
 
+    /// Lets members of `group`, a name or a number, connect to the socket at `path`.
+    ///
+    /// # Errors
+    ///
+    /// There is no such group, or the kernel refuses.
+    pub fn give_to_group(path: &Path, group: &str) -> Result<(), SocketError> {
+        let fail = |source| SocketError::Io { path: path.to_owned(), source };
+        let gid = match group.parse() {
+            Ok(gid) => gid,
+            Err(_) => group_id(&fs::read_to_string("/etc/group").map_err(fail)?, group)
+                .ok_or_else(|| SocketError::NoGroup { group: group.to_owned() })?,
+        };
+        std::os::unix::fs::chown(path, None, Some(gid)).map_err(fail)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(fail)
+    }
+
+    /// A socket that the parent has left open as descriptor `fd`.
+    ///
+    /// # Errors
+    ///
+    /// It is no unix socket that listens.
+    pub fn inherited(fd: RawFd) -> Result<UnixListener, SocketError> {
+        let bad = |reason: String| SocketError::Inherited { fd, reason };
+        if fd < 0 {
+            return Err(bad("not a descriptor".into()));
+        }
+        // SAFETY: only borrowed for the questions below; if it is not open they fail with EBADF.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        let domain = sockopt::socket_domain(borrowed).map_err(|e| bad(e.to_string()))?;
+        let listens = sockopt::socket_acceptconn(borrowed).map_err(|e| bad(e.to_string()))?;
+        if domain != AddressFamily::UNIX || !listens {
+            return Err(bad("not a unix socket that listens".into()));
+        }
+        // A copy, so that nothing else that is open under this number is closed with it.
+        let copy = borrowed.try_clone_to_owned().map_err(|e| bad(e.to_string()))?;
+        Ok(copy.into())
+    }
+
     /// Removes the sockets that are still ours, and lets no new one be made. A missing one is fine.
     pub fn remove_all(&self) {
         let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -84,6 +129,16 @@ impl Sockets {
         drop(files);
         bound.iter().for_each(Bound::remove);
     }
+}
+
+/// The number of `group` in the text of `/etc/group`.
+fn group_id(text: &str, group: &str) -> Option<u32> {
+    let mut lines = text.lines().map(|line| line.split(':'));
+    lines.find_map(|mut fields| {
+        let name = fields.next()?;
+        let id = fields.nth(1)?;
+        (name == group).then(|| id.parse().ok())?
+    })
 }
 
 impl Bound {
@@ -143,6 +198,39 @@ mod tests {
         let _theirs = UnixListener::bind(&path).unwrap();
         sockets.remove_all();
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_group_is_a_name_or_a_number() {
+        let text = "root:x:0:\nkvm:x:104:libvirt,qemu\nbroken\nkvm2:x:nonsense:\n";
+        assert_eq!(group_id(text, "kvm"), Some(104));
+        assert_eq!(group_id(text, "root"), Some(0));
+        assert_eq!((group_id(text, "kv"), group_id(text, "kvm2")), (None, None));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let sockets = Sockets::default();
+        let _listener = sockets.listen(&path).unwrap();
+        let own = fs::metadata(&path).unwrap().gid();
+        Sockets::give_to_group(&path, &own.to_string()).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
+        let error = Sockets::give_to_group(&path, "no such group").unwrap_err();
+        assert!(matches!(error, SocketError::NoGroup { .. }), "{error}");
+    }
+
+    #[test]
+    fn an_inherited_socket_must_listen() {
+        use std::os::fd::AsRawFd;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let taken = Sockets::inherited(listener.as_raw_fd()).unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        taken.accept().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let (one, _other) = UnixStream::pair().unwrap();
+        for fd in [file.as_raw_fd(), one.as_raw_fd(), 999_999, -1] {
+            assert!(Sockets::inherited(fd).is_err(), "{fd}");
+        }
     }
 
     #[test]

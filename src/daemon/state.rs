@@ -1,13 +1,15 @@
 //! What the daemon is doing, as the API tells it: state, mounts, and who asked it to stop.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crossbeam_channel::Sender;
 use serde::Serialize;
 
+use super::log::Events;
 use super::mounted::{MountInfo, Mounted};
 use super::version::{VERSION, Version};
+use crate::device;
 
 /// State of the daemon in nydusd's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -48,6 +50,8 @@ pub struct Status {
     supervisor: Option<String>,
     state: Mutex<State>,
     mounted: Arc<Mounted>,
+    events: Arc<Events>,
+    device: OnceLock<Arc<device::Counters>>,
     stop: Sender<StopReason>,
 }
 
@@ -57,9 +61,38 @@ impl Status {
         id: Option<String>,
         supervisor: Option<String>,
         mounted: Arc<Mounted>,
+        events: Arc<Events>,
         stop: Sender<StopReason>,
     ) -> Self {
-        Status { id, supervisor, state: Mutex::new(State::Init), mounted, stop }
+        Status {
+            id,
+            supervisor,
+            state: Mutex::new(State::Init),
+            mounted,
+            events,
+            device: OnceLock::new(),
+            stop,
+        }
+    }
+
+    /// Socket of the manager, if there is one.
+    pub fn supervisor(&self) -> Option<&str> {
+        self.supervisor.as_deref()
+    }
+
+    /// The errors that were logged last.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Lets the API see what the device counts; the first one stays.
+    pub fn set_device(&self, counters: &Arc<device::Counters>) {
+        let _ = self.device.set(Arc::clone(counters));
+    }
+
+    /// What the device counts, once there is one.
+    pub fn device(&self) -> Option<&device::Counters> {
+        self.device.get().map(|counters| &**counters)
     }
 
     pub fn mounted(&self) -> &Arc<Mounted> {
@@ -104,16 +137,19 @@ mod tests {
     use super::super::image::Images;
     use super::super::mounted::What;
     use super::*;
+    use crate::fuse::Cache;
 
     fn mounted(runtime: &tokio::runtime::Runtime) -> Arc<Mounted> {
-        Arc::new(Mounted::new(Images::new(runtime.handle().clone(), Duration::from_secs(1), 0)))
+        let images = Images::new(runtime.handle().clone(), Duration::from_secs(1), 0);
+        Arc::new(Mounted::new(images, Cache::default()))
     }
 
     #[test]
     fn daemon_info_has_the_members_clients_insist_on() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let (stop, _) = crossbeam_channel::bounded(1);
-        let status = Status::new(None, Some("/run/s".into()), mounted(&runtime), stop);
+        let status =
+            Status::new(None, Some("/run/s".into()), mounted(&runtime), Arc::default(), stop);
         let bootstrap =
             format!("{}/guest-tests/golden/v6-none/bootstrap", env!("CARGO_MANIFEST_DIR"));
         let cache = tempfile::tempdir().unwrap();
@@ -144,7 +180,7 @@ mod tests {
     fn stopped_is_final() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let (stop, asked) = crossbeam_channel::bounded(1);
-        let status = Status::new(None, None, mounted(&runtime), stop);
+        let status = Status::new(None, None, mounted(&runtime), Arc::default(), stop);
         status.set_state(State::Stopped);
         status.set_state(State::Running);
         assert_eq!(status.state(), State::Stopped);

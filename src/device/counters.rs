@@ -2,7 +2,9 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// Totals, for metrics. Every field only grows.
+use super::parked::Parked;
+
+/// Totals, for metrics. Every number only grows.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// VMMs that connected.
@@ -27,6 +29,8 @@ pub struct Counters {
     pub bad_messages_total: AtomicU64,
     /// Requests whose handler panicked: always our fault, answered EIO.
     pub panics_total: AtomicU64,
+    /// Requests that wait now.
+    pub parked: Parked,
 }
 
 /// Adds one.

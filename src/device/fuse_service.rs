@@ -14,11 +14,10 @@ impl Device<Server> {
     pub fn new(
         config: DeviceConfig,
         mounts: Arc<Mounts>,
+        options: ServerOptions,
         runtime: Handle,
     ) -> Result<Device<Server>, DeviceError> {
-        Device::with_service(config, runtime, move || {
-            Server::new(Arc::clone(&mounts), ServerOptions::default())
-        })
+        Device::with_service(config, runtime, move || Server::new(Arc::clone(&mounts), options))
     }
 }
 
@@ -28,12 +27,20 @@ impl Serve for Server {
 
     const MAX_REQUEST_LEN: usize = Request::MAX_LEN;
 
+    fn enter(&self, queue: u16) {
+        fuse::serve_queue(queue.into());
+    }
+
     fn parse(&self, bytes: &[u8]) -> Result<Request, i32> {
         Request::parse(bytes).map_err(|e| e.errno())
     }
 
     fn unique(request: &Request) -> u64 {
         request.header.unique
+    }
+
+    fn subject(request: &Request) -> (u64, u32) {
+        (request.header.nodeid, request.header.opcode)
     }
 
     fn handle(&self, request: &Request, reply: &[VolatileSlice<'_>], pins: &Pins) -> Outcome<Pins> {

@@ -20,6 +20,7 @@ use tokio::task::AbortHandle;
 use super::Wait;
 use super::chain::Chain;
 use super::memory::Memory;
+use super::parked::Listed;
 
 /// Names a held request in its queue; never used twice within a connection.
 pub(super) type Ticket = u64;
@@ -30,6 +31,8 @@ pub(super) struct Held<R> {
     pub request: R,
     /// The guest's id of the request, by which it may be interrupted.
     pub unique: u64,
+    /// Shows it to people who ask.
+    pub _listed: Listed,
     /// Keeps the buffers mapped, whatever the front end does to its memory table meanwhile.
     pub memory: Arc<Memory>,
 }

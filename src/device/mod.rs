@@ -16,6 +16,7 @@ mod fuse_service;
 mod held;
 mod intake;
 mod memory;
+mod parked;
 mod queue;
 mod ring;
 mod session;
@@ -38,6 +39,7 @@ use tokio::runtime::Handle;
 use vm_memory::VolatileSlice;
 
 pub use counters::Counters;
+pub use parked::{Parked, ParkedRequest};
 pub use socket::Listener;
 pub use stop::Stop;
 
@@ -51,11 +53,17 @@ pub trait Serve: Send + Sync + 'static {
     /// Longest request in bytes, header and body; what a guest sends beyond is not copied.
     const MAX_REQUEST_LEN: usize;
 
+    /// Called first on each thread that serves a queue; 0 is the queue for urgent requests.
+    fn enter(&self, _queue: u16) {}
+
     /// Reads a request from the bytes a guest sent: any bytes, of any length. The error is an errno.
     fn parse(&self, bytes: &[u8]) -> Result<Self::Request, i32>;
 
     /// The guest's id of a request.
     fn unique(request: &Self::Request) -> u64;
+
+    /// What a request is about and what it asks: node id and opcode.
+    fn subject(request: &Self::Request) -> (u64, u32);
 
     /// Carries out a request and writes its answer to `reply`, guest memory of any shape. Never
     /// waits for data or for another process.

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use rustix::event::{Timespec, epoll};
@@ -27,6 +27,7 @@ use super::chain::{Chain, Fault};
 use super::counters::{Complaint, Complaints, Counters, count};
 use super::held::{Held, HeldTable, Inbox, Note};
 use super::memory::{GuestMemory, Memory};
+use super::parked::{Listed, ParkedRequest};
 use super::{Outcome, Serve, Wait};
 
 /// Chains taken before the worker looks at its inbox again.
@@ -148,6 +149,7 @@ impl<S: Serve> Worker<S> {
     /// Works until `stop` is set and the inbox wakes it; then returns what is needed to go on later.
     pub(super) fn run(mut self, kick: &Kick, stop: &AtomicBool) -> (Queue, HeldTable<S::Request>) {
         let shared = Arc::clone(&self.shared);
+        shared.service.enter(shared.index);
         let mut doorbell = match Doorbell::new(kick, shared.inbox().wake_fd()) {
             Ok(doorbell) => Some(doorbell),
             Err(e) => {
@@ -314,8 +316,12 @@ impl<S: Serve> Worker<S> {
         };
         match handle(&*self.shared, &request, &reply, &self.no_pins) {
             Outcome::Wait(wait) => {
+                let (nodeid, opcode) = S::subject(&request);
+                let (unique, since) = (S::unique(&request), SystemTime::now());
+                let parked = ParkedRequest { nodeid, opcode, unique, since };
                 let held = Held {
-                    unique: S::unique(&request),
+                    unique,
+                    _listed: Listed::new(&self.shared.counters, parked),
                     chain,
                     request,
                     memory: Arc::clone(memory),

@@ -138,6 +138,10 @@ impl Serve for Toy {
         request.unique
     }
 
+    fn subject(request: &ToyRequest) -> (u64, u32) {
+        (1, request.op)
+    }
+
     fn handle(
         &self,
         request: &ToyRequest,

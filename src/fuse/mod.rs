@@ -8,6 +8,7 @@
 //! A guest is not trusted: any bytes and any node id give an answer or an error, never a panic.
 
 pub mod abi;
+mod counters;
 mod file_system;
 mod known;
 mod listing;
@@ -24,6 +25,7 @@ mod session;
 mod wait;
 mod zeros;
 
+pub use counters::{OPCODES, OpTotals, TIMES, Times, opcode_name, serve_queue};
 pub use mount_path::{MountPath, PathError};
 pub use mounts::{AnyFs, MountError, Mounts};
 pub use passthrough::{Cache, PassthroughError, PassthroughFs, PassthroughOptions};

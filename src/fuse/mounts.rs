@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::{ArcSwap, Guard};
 
 use super::abi::{self, Attr, EntryOut};
+use super::counters::{OpCounters, OpTimes, OpTotals, Times};
 use super::file_system::{Entry, FileSystem, FsError};
 use super::mount_path::MountPath;
 use super::passthrough::PassthroughFs;
@@ -79,6 +80,7 @@ pub struct Mounts {
     promises: AtomicUsize,
     /// Makes a difference between file systems that cannot tell who they are.
     nameless: AtomicU64,
+    times: OpTimes,
 }
 
 /// What the next change has to know of earlier ones.
@@ -86,6 +88,8 @@ pub struct Mounts {
 struct Changes {
     /// Who has ever had a slot.
     owners: HashMap<u32, Owner>,
+    /// What was counted on mounts that are no more.
+    retired: OpTotals,
 }
 
 /// A mountpoint and what was mounted there, shortened to a digest.
@@ -98,6 +102,8 @@ pub(super) struct Tree {
     /// What is mounted at `/`: then nothing else is mounted.
     root: Option<Arc<Mounted>>,
     dirs: Directories,
+    /// Of requests that are about no mounted file system.
+    counters: Arc<OpCounters>,
 }
 
 /// One mounted file system.
@@ -105,6 +111,7 @@ pub(super) struct Mounted {
     slot: u32,
     at: MountPath,
     fs: Arc<dyn FileSystem>,
+    counters: OpCounters,
 }
 
 /// A node in one file system.
@@ -157,12 +164,15 @@ impl Drop for Promise {
 impl Mounts {
     /// An empty root directory.
     pub fn new() -> Arc<Mounts> {
-        let tree = Tree { slots: Vec::new(), root: None, dirs: Directories::default() };
+        let counters = Arc::new(OpCounters::new());
+        let dirs = Directories::default();
+        let tree = Tree { slots: Vec::new(), root: None, dirs, counters };
         Arc::new(Mounts {
             tree: ArcSwap::from_pointee(tree),
             changes: Mutex::default(),
             promises: AtomicUsize::new(0),
             nameless: AtomicU64::new(0),
+            times: OpTimes::new(),
         })
     }
 
@@ -194,7 +204,8 @@ impl Mounts {
         let mut slots = tree.slots.clone();
         let place = slots.partition_point(|other| other.slot < mounted.slot);
         slots.insert(place, mounted);
-        self.tree.store(Arc::new(Tree { slots, root, dirs }));
+        let counters = Arc::clone(&tree.counters);
+        self.tree.store(Arc::new(Tree { slots, root, dirs, counters }));
         Ok(())
     }
 
@@ -219,7 +230,9 @@ impl Mounts {
         }
         let root = at.is_root().then(|| Arc::clone(&mounted));
         slots.insert(place, mounted);
-        self.tree.store(Arc::new(Tree { slots, root, dirs }));
+        let counters = Arc::clone(&tree.counters);
+        self.tree.store(Arc::new(Tree { slots, root, dirs, counters }));
+        changes.retired.add(&old.counters.totals());
         Ok(())
     }
 
@@ -230,7 +243,7 @@ impl Mounts {
     ///
     /// Nothing is mounted there.
     pub fn unmount(&self, at: &MountPath) -> Result<(), MountError> {
-        let _changes = self.lock();
+        let mut changes = self.lock();
         let tree = self.tree.load_full();
         let old = tree.find(at).ok_or_else(|| MountError::Missing { at: at.clone() })?;
         let mut slots = tree.slots.clone();
@@ -239,7 +252,9 @@ impl Mounts {
         if !at.is_root() {
             dirs.remove(at);
         }
-        self.tree.store(Arc::new(Tree { slots, root: None, dirs }));
+        let counters = Arc::clone(&tree.counters);
+        self.tree.store(Arc::new(Tree { slots, root: None, dirs, counters }));
+        changes.retired.add(&old.counters.totals());
         Ok(())
     }
 
@@ -266,6 +281,30 @@ impl Mounts {
     /// Mountpoints, in no order.
     pub fn paths(&self) -> Vec<MountPath> {
         self.tree.load().slots.iter().map(|mounted| mounted.at.clone()).collect()
+    }
+
+    /// What was asked on all mounts since the daemon started. A request that was under way when its
+    /// mount went may be missing.
+    pub fn totals(&self) -> OpTotals {
+        let mut totals = self.lock().retired.clone();
+        let tree = self.tree.load();
+        totals.add(&tree.counters.totals());
+        tree.slots.iter().for_each(|mounted| totals.add(&mounted.counters.totals()));
+        totals
+    }
+
+    /// What was asked on the mount at `at` since it was mounted.
+    pub fn totals_at(&self, at: &MountPath) -> Option<OpTotals> {
+        self.tree.load().find(at).map(|mounted| mounted.counters.totals())
+    }
+
+    /// How long requests took, by kind.
+    pub fn request_times(&self) -> Vec<Times> {
+        self.times.totals()
+    }
+
+    pub(super) fn times(&self) -> &OpTimes {
+        &self.times
     }
 
     /// The table as it is now.
@@ -327,7 +366,8 @@ impl Changes {
             let free = self.owners.get(&slot).is_none_or(|other| *other == owner);
             if free && (slot > ROOT_SLOT || (slot == ROOT_SLOT && at.is_root())) {
                 self.owners.insert(slot, owner);
-                return Ok(Arc::new(Mounted { slot, at: at.clone(), fs: fs.0 }));
+                let (at, counters) = (at.clone(), OpCounters::new());
+                return Ok(Arc::new(Mounted { slot, at, fs: fs.0, counters }));
             }
             slot = (slot + 1) % SLOTS;
         }
@@ -350,6 +390,15 @@ impl Tree {
         }
         let mounted = self.mounted(u32::try_from(slot).ok()?)?;
         Some(mounted.place(node, self.root.is_some()))
+    }
+
+    /// Where a request that is about `nodeid` counts.
+    pub(super) fn counters(&self, nodeid: u64) -> &OpCounters {
+        let mounted = match nodeid {
+            abi::ROOT_ID => self.root.as_ref(),
+            _ => u32::try_from(nodeid >> NODE_BITS).ok().and_then(|slot| self.mounted(slot)),
+        };
+        mounted.map_or(&self.counters, |mounted| &mounted.counters)
     }
 
     /// All mounted file systems.

@@ -23,13 +23,20 @@ pub struct Reply<'a> {
     slices: &'a [VolatileSlice<'a>],
     /// Bytes of all slices together.
     capacity: usize,
+    /// What was sent: errno, and bytes behind the header.
+    sent: (i32, u32),
 }
 
 impl<'a> Reply<'a> {
     /// An answer into `slices`, in this order; they may be few, short or none.
     pub fn new(slices: &'a [VolatileSlice<'a>]) -> Self {
         let capacity = slices.iter().fold(0, |sum: usize, slice| sum.saturating_add(slice.len()));
-        Reply { slices, capacity }
+        Reply { slices, capacity, sent: (0, 0) }
+    }
+
+    /// What was sent: errno (0: none) and bytes behind the header.
+    pub(super) fn sent(&self) -> (i32, u32) {
+        self.sent
     }
 
     /// Bytes there are for what follows the header.
@@ -76,6 +83,7 @@ impl<'a> Reply<'a> {
             return self.error(unique, libc::EIO);
         };
         let header = OutHeader { len, error, unique };
+        self.sent = (-error, u32::try_from(payload).unwrap_or(0));
         let fits = Payload::new(self.slices, 0, self.capacity).put(header.as_bytes());
         if fits { len } else { 0 }
     }

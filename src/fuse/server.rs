@@ -46,6 +46,23 @@ impl Server {
     /// `pins` is what an earlier [`Outcome::Wait`] of the same request made ready, and empty at
     /// first. Any number of threads may call this at the same time.
     pub fn handle(&self, request: &Request, reply: &mut Reply<'_>, pins: &Pins) -> Outcome {
+        let tree = self.mounts.load();
+        let counters = tree.counters(request.header.nodeid);
+        let begun = counters.begin(request.header.opcode, pins.since);
+        match self.serve(&tree, request, reply, pins) {
+            Outcome::Wait(wait) => {
+                let since = pins.since.unwrap_or_else(|| counters.wait(begun));
+                Outcome::Wait(wait.of_request(since))
+            }
+            outcome => {
+                let (errno, bytes) = reply.sent();
+                counters.end(begun, errno, bytes, self.mounts.times());
+                outcome
+            }
+        }
+    }
+
+    fn serve(&self, tree: &Tree, request: &Request, reply: &mut Reply<'_>, pins: &Pins) -> Outcome {
         let header = &request.header;
         let operation = match request.operation() {
             Ok(operation) => operation,
@@ -58,7 +75,6 @@ impl Server {
             }
         };
         let terms = self.session.terms();
-        let tree = self.mounts.load();
         match operation {
             Operation::Init(init) => {
                 tree.file_systems().for_each(FileSystem::end_session);
@@ -72,13 +88,13 @@ impl Server {
             Operation::NotifyReply => return Outcome::NoReply,
             Operation::Interrupt { unique } => return Outcome::Interrupt(unique),
             Operation::Forget(list) => {
-                self.forget(&tree, list);
+                self.forget(tree, list);
                 return Outcome::NoReply;
             }
             _ => {}
         }
         let answer = if terms.open() {
-            self.answer(&tree, &terms, request, &operation, reply, pins)
+            self.answer(tree, &terms, request, &operation, reply, pins)
         } else {
             Err(FsError::NoSession)
         };

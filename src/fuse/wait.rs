@@ -36,6 +36,13 @@ impl Wait {
         self.interruptible
     }
 
+    /// The same wait of a request that came at `since`.
+    pub(super) fn of_request(self, since: Instant) -> Wait {
+        let Wait { work, interruptible } = self;
+        let work = work.map(move |pins| Pins { since: Some(since), ..pins }).boxed();
+        Wait { work, interruptible }
+    }
+
     /// Does the work; must be polled inside a tokio runtime.
     pub fn ready(self) -> impl Future<Output = Pins> + Send + 'static {
         self.work
@@ -53,6 +60,8 @@ impl fmt::Debug for Wait {
 pub struct Pins {
     /// When the request has waited long enough; set by its first wait for chunks.
     pub(super) deadline: Option<Instant>,
+    /// When the request came.
+    pub(super) since: Option<Instant>,
     /// Waits so far.
     pub(super) rounds: u32,
     /// What became of chunks that are not in the cache now, sorted by their position in the file.

@@ -13,6 +13,7 @@ use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
 use reqwest::{Client, Proxy, Response, StatusCode, Url};
 
 use super::error::OciError;
+use super::names::Resolver;
 
 /// Redirects that are followed for one request.
 pub const MAX_REDIRECTS: usize = 5;
@@ -36,6 +37,8 @@ pub struct HttpOptions {
     pub proxy: ProxyChoice,
     /// Connects to this socket, whatever the address says.
     pub unix_socket: Option<PathBuf>,
+    /// Clients that share one share its limit of lookups.
+    pub resolver: Resolver,
 }
 
 /// The proxy for outgoing connections.
@@ -68,6 +71,7 @@ impl Default for HttpOptions {
             total_timeout: None,
             proxy: ProxyChoice::Environment,
             unix_socket: None,
+            resolver: Resolver::default(),
         }
     }
 }
@@ -97,6 +101,7 @@ pub fn client(options: &HttpOptions) -> Result<Client, OciError> {
             .pool_idle_timeout(Duration::from_secs(90))
             .http2_adaptive_window(true)
             .tcp_nodelay(true)
+            .dns_resolver(options.resolver.clone())
             .tls_danger_accept_invalid_certs(options.skip_verify);
         if let Some(limit) = options.read_timeout {
             builder = builder.read_timeout(limit);

@@ -18,6 +18,7 @@ pub mod http;
 pub mod image;
 pub mod layout;
 pub mod manifest;
+pub mod names;
 pub mod reference;
 pub mod registry;
 pub mod upload;

@@ -195,7 +195,7 @@ impl Repository {
     pub async fn manifest(&self, reference: &str) -> Result<Option<Stored>, OciError> {
         let what = self.what(&format!("manifest {reference}"));
         let digest = reference.parse::<Digest>().ok();
-        let stored = retry(&what, async || {
+        let stored = retry(&what, || async {
             let url = self.url(&format!("manifests/{reference}"))?;
             let answer = self.fetch(Method::GET, url, accept_manifests(), &what).await?;
             if answer.status() != StatusCode::OK {
@@ -220,7 +220,7 @@ impl Repository {
     /// The descriptor of a manifest, without the manifest. None if there is none.
     pub async fn head_manifest(&self, reference: &str) -> Result<Option<Descriptor>, OciError> {
         let what = self.what(&format!("manifest {reference}"));
-        let found = retry(&what, async || {
+        let found = retry(&what, || async {
             let url = self.url(&format!("manifests/{reference}"))?;
             let answer = self.fetch(Method::HEAD, url, accept_manifests(), &what).await?;
             if answer.status() != StatusCode::OK {
@@ -258,7 +258,7 @@ impl Repository {
             what: what.clone(),
             reason: format!("media type {media_type:?}"),
         })?;
-        retry(&what, async || {
+        retry(&what, || async {
             let url = self.url(&format!("manifests/{reference}"))?;
             let headers = HeaderMap::from_iter([(CONTENT_TYPE, content_type.clone())]);
             let scope = self.push_scope();
@@ -280,7 +280,7 @@ impl Repository {
     /// Bytes of a blob, None if it is not in this repository.
     pub async fn blob_size(&self, digest: &Digest) -> Result<Option<u64>, OciError> {
         let what = self.what(&format!("blob {digest}"));
-        let size = retry(&what, async || {
+        let size = retry(&what, || async {
             let url = self.url(&format!("blobs/{digest}"))?;
             let answer = self.fetch(Method::HEAD, url, HeaderMap::new(), &what).await?;
             match answer.status() {
@@ -328,7 +328,7 @@ impl Repository {
     pub async fn mount(&self, digest: &Digest, from: &Name) -> Result<bool, OciError> {
         let what = self.what(&format!("blob {digest}"));
         let scope = Scope::mount(&self.inner.name.repository, &from.repository);
-        let answer = retry(&what, async || {
+        let answer = retry(&what, || async {
             let mut url = self.url("blobs/uploads/")?;
             let mut query = url.query_pairs_mut();
             query.append_pair("mount", digest.as_str()).append_pair("from", &from.repository);
@@ -358,7 +358,7 @@ impl Repository {
 
     /// Begins to send a blob whose digest is told at the end.
     pub async fn upload(&self) -> Result<Upload, OciError> {
-        retry(&self.what("upload"), async || self.begin_upload().await).await
+        retry(&self.what("upload"), || self.begin_upload()).await
     }
 
     async fn begin_upload(&self) -> Result<Upload, OciError> {
@@ -378,20 +378,42 @@ impl Repository {
         if self.blob_size(&digest).await? == Some(bytes.len() as u64) {
             return Ok(digest);
         }
-        let what = self.what(&format!("blob {digest}"));
-        retry(&what, async || {
-            let upload = self.begin_upload().await?;
-            upload.finish_with(bytes.clone(), &digest).await
-        })
-        .await?;
+        self.upload().await?.finish_with(bytes, &digest).await?;
         Ok(digest)
+    }
+
+    /// Tags of the repository, at most `limit` of them. Empty if there is no such repository.
+    pub async fn tags(&self, limit: usize) -> Result<Vec<String>, OciError> {
+        #[derive(serde::Deserialize)]
+        struct Tags {
+            #[serde(default)]
+            tags: Option<Vec<String>>,
+        }
+        let what = self.what("tags");
+        let bytes = retry(&what, || async {
+            let mut url = self.url("tags/list")?;
+            url.query_pairs_mut().append_pair("n", &limit.to_string());
+            let answer = self.fetch(Method::GET, url, HeaderMap::new(), &what).await?;
+            match answer.status() {
+                StatusCode::OK => http::body(answer, &what, MAX_MANIFEST).await,
+                _ => Err(http::status_error(answer, &what).await),
+            }
+        })
+        .await;
+        let Some(bytes) = absent_is_none(bytes)? else { return Ok(Vec::new()) };
+        let tags: Tags = serde_json::from_slice(&bytes)
+            .map_err(|e| OciError::Invalid { what: what.clone(), reason: e.to_string() })?;
+        let mut tags = tags.tags.unwrap_or_default();
+        // A registry that ignores the limit.
+        tags.truncate(limit);
+        Ok(tags)
     }
 
     /// What refers to the manifest `digest`: by the referrers API, or where a registry has none, by
     /// the tag that stands for it.
     pub async fn referrers(&self, digest: &Digest) -> Result<Index, OciError> {
         let what = self.what(&format!("referrers of {digest}"));
-        let answer = retry(&what, async || {
+        let answer = retry(&what, || async {
             let url = self.url(&format!("referrers/{digest}"))?;
             let accept = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(OCI_INDEX))]);
             let answer = self.fetch(Method::GET, url, accept, &what).await?;
@@ -428,10 +450,10 @@ impl Repository {
 }
 
 /// Repeats what fails in a way that may pass, with growing waits.
-pub(super) async fn retry<T>(
-    what: &str,
-    mut attempt: impl AsyncFnMut() -> Result<T, OciError>,
-) -> Result<T, OciError> {
+async fn retry<T, F>(what: &str, mut attempt: impl FnMut() -> F) -> Result<T, OciError>
+where
+    F: Future<Output = Result<T, OciError>>,
+{
     let mut number = 1;
     loop {
         match attempt().await {

@@ -134,18 +134,26 @@ impl Upload {
     pub async fn finish_with(self, rest: Bytes, digest: &Digest) -> Result<(), OciError> {
         let mut url = self.location.clone();
         url.query_pairs_mut().append_pair("digest", digest.as_str());
-        let answer = match self.request(Method::PUT, url, octets(), &rest).await {
-            Ok(answer) => answer,
-            // It may have arrived all the same.
-            Err(e) => match self.repository.blob_size(digest).await {
-                Ok(Some(size)) if size == self.sent + rest.len() as u64 => return Ok(()),
-                _ => return Err(e),
-            },
-        };
-        if answer.status() != StatusCode::CREATED {
-            return Err(http::status_error(answer, &self.what).await);
+        let size = self.sent + rest.len() as u64;
+        let mut attempt = 1;
+        loop {
+            let error = match self.request(Method::PUT, url.clone(), octets(), &rest).await {
+                Ok(answer) if answer.status() == StatusCode::CREATED => return Ok(()),
+                Ok(answer) => http::status_error(answer, &self.what).await,
+                Err(e) => e,
+            };
+            // It may have arrived all the same, now or in an earlier attempt.
+            if matches!(self.repository.blob_size(digest).await, Ok(Some(n)) if n == size) {
+                return Ok(());
+            }
+            if attempt >= ATTEMPTS || !error.retryable() {
+                return Err(error);
+            }
+            let wait = http::backoff(attempt, error.retry_after().map(|w| w.min(MAX_WAIT)));
+            log::info!("{}: at its end: {error}; again in {wait:.1?}", self.what);
+            tokio::time::sleep(wait).await;
+            attempt += 1;
         }
-        Ok(())
     }
 
     /// Tells the registry that nothing more comes. Registries clean up what is left, too.

@@ -1,5 +1,6 @@
 //! What a server wants to know about us before it gives a blob: nothing, credentials, a signature.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use reqsign_core::SignRequest;
@@ -27,8 +28,10 @@ pub enum Access {
 pub struct RegistryAccess {
     authenticator: Authenticator,
     scope: Scope,
-    /// Names to look for in the files of `docker login`; empty if credentials were configured.
+    /// Names to look for in the files of `docker login`.
     names: Vec<String>,
+    /// Credentials were configured: nothing else counts.
+    configured: AtomicBool,
     /// When that was done last.
     looked: Mutex<Option<Instant>>,
 }
@@ -47,19 +50,15 @@ impl Access {
     /// For a server at `base` that gives what the registry of `config` has.
     pub fn registry(client: Client, base: Url, config: &RegistryConfig) -> Access {
         let credentials = config.credentials.clone();
-        let names = match credentials {
-            Some(_) => Vec::new(),
-            None => {
-                let mut names = vec![name_of(&base), name_of(&config.host)];
-                names.dedup();
-                names
-            }
-        };
+        let configured = AtomicBool::new(credentials.is_some());
+        let mut names = vec![name_of(&base), name_of(&config.host)];
+        names.dedup();
         let credentials = credentials.unwrap_or(Credentials::Anonymous);
         Access::Registry(Box::new(RegistryAccess {
             authenticator: Authenticator::new(client, base, credentials),
             scope: Scope::pull(&config.repo),
             names,
+            configured,
             looked: Mutex::new(None),
         }))
     }
@@ -99,7 +98,7 @@ impl Access {
         match self {
             Access::Open => Ok(None),
             Access::Registry(access) => {
-                let authorization = access.authenticator.authorization(url, &access.scope).await?;
+                let authorization = access.authorization(url).await?;
                 if let Some(authorization) = &authorization {
                     authorization.apply(headers);
                 }
@@ -130,21 +129,34 @@ impl Access {
     /// Uses other credentials from now on.
     pub fn replace(&self, credentials: Credentials) {
         if let Access::Registry(access) = self {
+            access.configured.store(true, Ordering::Relaxed);
             access.authenticator.replace(credentials);
         }
     }
 }
 
 impl RegistryAccess {
-    /// Finds what `docker login` has left for the registry, unless that was done a moment ago.
-    async fn look_up(&self) -> Result<(), OciError> {
-        if self.names.is_empty() {
-            return Ok(());
+    /// The header for a request to `url`, as far as it is known; with newer credentials if those
+    /// that are known are worth nothing any more.
+    async fn authorization(&self, url: &Url) -> Result<Option<Authorization>, OciError> {
+        match self.authenticator.authorization(url, &self.scope).await {
+            Err(OciError::Denied { .. }) if self.look_up().await? => {
+                self.authenticator.authorization(url, &self.scope).await
+            }
+            other => other,
+        }
+    }
+
+    /// Finds what `docker login` has left for the registry, unless that was done a moment ago or
+    /// does not count. Says whether it did.
+    async fn look_up(&self) -> Result<bool, OciError> {
+        if self.configured.load(Ordering::Relaxed) {
+            return Ok(false);
         }
         // Held while a helper runs: the others wait for its answer.
         let mut looked = self.looked.lock().await;
         if looked.is_some_and(|at| at.elapsed() < LOOK_AGAIN) {
-            return Ok(());
+            return Ok(false);
         }
         for name in &self.names {
             let found = docker_config::credentials(name).await?;
@@ -154,7 +166,7 @@ impl RegistryAccess {
             }
         }
         *looked = Some(Instant::now());
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -147,13 +147,18 @@ struct Body {
 impl Body {
     async fn next(mut self) -> Result<Option<(Bytes, Body)>, BackendError> {
         if self.left == 0 {
-            // Takes the end of the body too if it is there, so that the connection can be used again.
-            let _ = self.pieces.next().now_or_never();
-            self.source.succeeded();
             return Ok(None);
         }
         match self.piece().await {
-            Ok(piece) => Ok(Some((piece, self))),
+            Ok(piece) => {
+                // Nobody may ask for the end once all bytes are there.
+                if self.left == 0 {
+                    self.source.succeeded();
+                    // Takes the end of the body if it is there: then the connection can be used again.
+                    let _ = self.pieces.next().now_or_never();
+                }
+                Ok(Some((piece, self)))
+            }
             Err(e) => {
                 self.source.failed(&e);
                 Err(e)

@@ -9,6 +9,7 @@ use reqwest::header::HeaderMap;
 
 use crate::backend::Outage;
 use crate::oci::auth::{Credentials, Secret};
+use crate::rafs::id::BlobId;
 
 /// What all network backends have in common.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct NetworkConfig {
     /// Asked before the origin, in this order.
     pub mirrors: Vec<MirrorConfig>,
     pub outage: Outage,
+    /// The blob of an image that cannot name it: the bootstrap inside a packed layer.
+    pub blob_id: Option<BlobId>,
 }
 
 impl Default for NetworkConfig {
@@ -37,6 +40,7 @@ impl Default for NetworkConfig {
             proxy: ProxyConfig::default(),
             mirrors: Vec::new(),
             outage: Outage::Deadline,
+            blob_id: None,
         }
     }
 }

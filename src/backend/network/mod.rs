@@ -39,6 +39,7 @@ use super::{Backend, BackendError, ByteStream, HIDDEN, Outage, SettingError, Sou
 use crate::oci::OciError;
 use crate::oci::auth::{Credentials, Secret};
 use crate::oci::http::{self, HttpOptions, ProxyChoice};
+use crate::oci::names::Resolver;
 use crate::rafs::id::BlobId;
 
 /// Failures in a row after which an origin or a proxy is passed over; mirrors have a key for it.
@@ -53,6 +54,7 @@ pub struct Remote {
     name: String,
     service: Service,
     network: NetworkConfig,
+    resolver: Resolver,
     settings: Mutex<Settings>,
     /// In the order in which they are asked. Never empty.
     sources: ArcSwap<Vec<Arc<Source>>>,
@@ -79,7 +81,11 @@ impl Remote {
     /// # Errors
     ///
     /// A file that has no certificates, or a proxy that is no address.
-    pub fn new(config: RemoteConfig, patience: Duration) -> Result<Remote, OciError> {
+    pub fn new(
+        config: RemoteConfig,
+        patience: Duration,
+        resolver: Resolver,
+    ) -> Result<Remote, OciError> {
         let RemoteConfig { service, mut network } = config;
         let proxies = usize::from(network.proxy.url.is_some());
         let sources = u32::try_from(network.mirrors.len() + proxies).unwrap_or(u32::MAX - 2);
@@ -98,6 +104,7 @@ impl Remote {
             name: service.name(),
             service,
             network,
+            resolver,
             settings: Mutex::new(settings.clone()),
             sources: ArcSwap::from_pointee(Vec::new()),
             counters: Mutex::default(),
@@ -116,6 +123,7 @@ impl Remote {
             read_timeout: Some(self.network.timeout),
             total_timeout: None,
             unix_socket: self.service.unix_socket(),
+            resolver: self.resolver.clone(),
             proxy,
         })
     }
@@ -186,18 +194,24 @@ impl Remote {
         range: &Range<u64>,
     ) -> Result<(answer::Answer, Arc<Source>), BackendError> {
         let sources = self.sources.load_full();
+        let now = Instant::now();
+        // Who lied about the blob, or does not have it, is asked only if there is nobody else.
+        let trusted = sources.iter().any(|source| source.is_trusted_with(blob, now));
+        let asked = |source: &&Arc<Source>| !trusted || source.is_trusted_with(blob, now);
         let mut failed: Option<BackendError> = None;
-        for source in sources.iter().filter(|source| source.is_worth_asking(blob)) {
+        let mut left_out = Vec::new();
+        for source in sources.iter().filter(asked) {
+            if !source.is_worth_asking() {
+                left_out.push(source);
+                continue;
+            }
             match source.open(blob, range).await {
                 Ok(answer) => return Ok((answer, source.clone())),
                 Err(e) => failed = Some(self.worse(failed, e)),
             }
         }
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        // None is worth asking, so there is nothing to lose.
-        for source in sources.iter() {
+        // Before giving up there is nothing to lose by asking those that were left out.
+        for source in left_out {
             match source.open(blob, range).await {
                 Ok(answer) => return Ok((answer, source.clone())),
                 Err(e) => failed = Some(self.worse(failed, e)),
@@ -222,6 +236,14 @@ impl Remote {
         }
     }
 
+    /// The blob that an image means that may not be able to name it.
+    fn meant(&self, blob: &BlobId) -> BlobId {
+        match self.network.blob_id {
+            Some(named) if *blob == BlobId::UNKNOWN => named,
+            _ => *blob,
+        }
+    }
+
     fn remember(&self, blob: &BlobId, range: Range<u64>, source: Arc<Source>) {
         let mut answered = lock(&self.answered);
         let reads = answered.entry(*blob).or_default();
@@ -238,7 +260,7 @@ impl Backend for Remote {
         blob: &BlobId,
         range: Range<u64>,
     ) -> BoxFuture<'_, Result<ByteStream, BackendError>> {
-        let blob = *blob;
+        let blob = self.meant(blob);
         Box::pin(async move {
             if range.is_empty() {
                 return Ok(stream::empty().boxed());
@@ -250,7 +272,7 @@ impl Backend for Remote {
     }
 
     fn size(&self, blob: &BlobId) -> BoxFuture<'_, Result<u64, BackendError>> {
-        let blob = *blob;
+        let blob = self.meant(blob);
         // Not HEAD: addresses that are signed are signed for GET.
         Box::pin(async move {
             match self.open(&blob, &(0..1)).await {
@@ -272,6 +294,7 @@ impl Backend for Remote {
     }
 
     fn mistrust(&self, blob: &BlobId, range: Range<u64>) -> bool {
+        let blob = &self.meant(blob);
         let source = {
             let answered = lock(&self.answered);
             let reads = answered.get(blob).into_iter().flatten().rev();
@@ -365,7 +388,15 @@ impl Backend for Remote {
     }
 
     fn sources(&self) -> Vec<SourceReport> {
-        self.sources.load().iter().map(|source| source.report()).collect()
+        let mut reports: Vec<_> =
+            self.sources.load().iter().map(|source| source.report()).collect();
+        // Those that a change of settings took away have counted, too.
+        for (name, counters) in lock(&self.counters).iter() {
+            if reports.iter().all(|report| report.name != *name) {
+                reports.push(counters.report(name.clone(), false));
+            }
+        }
+        reports
     }
 }
 

@@ -27,7 +27,7 @@ use crate::rafs::id::BlobId;
 /// How long a source is not asked for a blob that it does not have, or may not give.
 const ABSENT: Duration = Duration::from_secs(60);
 /// How long a source is not asked for a blob of which it gave wrong bytes.
-const WRONG: Duration = Duration::from_secs(600);
+const WRONG: Duration = Duration::from_secs(60);
 /// An address that expires sooner than this is not used again.
 const EXPIRY_MARGIN: Duration = Duration::from_secs(10);
 
@@ -37,6 +37,19 @@ pub struct SourceCounters {
     requests: AtomicU64,
     bytes: AtomicU64,
     errors: [AtomicU64; BackendCause::ALL.len()],
+}
+
+impl SourceCounters {
+    pub fn report(&self, name: String, healthy: bool) -> SourceReport {
+        let value = |number: &AtomicU64| number.load(Ordering::Relaxed);
+        SourceReport {
+            name,
+            healthy,
+            requests: value(&self.requests),
+            bytes: value(&self.bytes),
+            errors: std::array::from_fn(|i| value(&self.errors[i])),
+        }
+    }
 }
 
 /// What makes a source.
@@ -119,22 +132,12 @@ impl Source {
     }
 
     pub fn report(&self) -> SourceReport {
-        let counters = &self.setup.counters;
-        SourceReport {
-            name: self.setup.name.clone(),
-            healthy: self.setup.health.is_well(),
-            requests: counters.requests.load(Ordering::Relaxed),
-            bytes: counters.bytes.load(Ordering::Relaxed),
-            errors: std::array::from_fn(|i| counters.errors[i].load(Ordering::Relaxed)),
-        }
+        self.setup.counters.report(self.setup.name.clone(), self.setup.health.is_well())
     }
 
-    /// Is it worth asking for `blob` now? Sends a ping if one is due.
-    pub fn is_worth_asking(self: &Arc<Self>, blob: &BlobId) -> bool {
+    /// Is it likely to answer? Sends a ping if one is due.
+    pub fn is_worth_asking(self: &Arc<Self>) -> bool {
         let now = Instant::now();
-        if !self.is_trusted_with(blob, now) {
-            return false;
-        }
         match (self.setup.health.verdict(now), &self.setup.ping_url) {
             (Verdict::Well, Some(url)) => {
                 if self.setup.health.ping_due(now) {

@@ -44,7 +44,9 @@ pub(super) struct Args {
     pub mtime: MtimePrecision,
     pub max_differences: usize,
     pub json: bool,
-    pub access: Access,
+    /// How the registry of the source is spoken to, and that of the target.
+    pub source_access: Access,
+    pub target_access: Access,
 }
 
 #[derive(Debug)]
@@ -113,17 +115,21 @@ pub(super) struct Side<'a> {
 impl Pair<'_> {
     fn compare(&mut self) {
         let source = match &self.args.source {
-            Source::Image(reference) => match self.open("source", reference) {
-                Some(opened) => Some(opened),
-                None => return,
-            },
+            Source::Image(reference) => {
+                match self.open("source", reference, &self.args.source_access) {
+                    Some(opened) => Some(opened),
+                    None => return,
+                }
+            }
             Source::Dir(_) => None,
         };
         let target = match &self.args.target {
-            Target::Image(reference) => match self.open("target", reference) {
-                Some(opened) => Some(opened),
-                None => return,
-            },
+            Target::Image(reference) => {
+                match self.open("target", reference, &self.args.target_access) {
+                    Some(opened) => Some(opened),
+                    None => return,
+                }
+            }
             Target::Files { .. } => None,
         };
         match (&source, &target) {
@@ -158,8 +164,13 @@ impl Pair<'_> {
     }
 
     /// Opens an image and reads what its reference names.
-    fn open(&mut self, side: &str, reference: &Reference) -> Option<(Image, Stored)> {
-        let image = Image::open(&self.handle, reference, &self.args.access);
+    fn open(
+        &mut self,
+        side: &str,
+        reference: &Reference,
+        access: &Access,
+    ) -> Option<(Image, Stored)> {
+        let image = Image::open(&self.handle, reference, access);
         let opened = image.and_then(|image| Ok((image.clone(), image.root()?)));
         match opened {
             Ok(opened) => Some(opened),

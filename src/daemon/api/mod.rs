@@ -6,6 +6,9 @@
 //! state; the one thing that may take long, opening an image, has a thread and a time limit of its
 //! own (`mount`), so that nothing else waits for it.
 
+mod config;
+mod details;
+mod metrics;
 mod mount;
 mod query;
 mod transport;
@@ -74,7 +77,8 @@ async fn answer(Shared(api): Shared<Arc<Api>>, request: Request) -> Response {
 }
 
 /// Paths that are known; other methods than those in [`route`] are refused.
-const PATHS: [&str; 17] = [
+const PATHS: [&str; 18] = [
+    "/metrics",
     "/api/v1/daemon",
     "/api/v2/daemon",
     "/api/v1/daemon/exit",
@@ -111,6 +115,21 @@ async fn route(api: &Arc<Api>, request: Request) -> Answer {
         ("/api/v1/mount", &Method::POST) => mount::mount(api, &query, &body).await,
         ("/api/v1/mount", &Method::PUT) => mount::remount(api, &query, &body).await,
         ("/api/v1/mount", &Method::DELETE) => mount::unmount(status, &query, &body),
+        ("/api/v1/daemon/events", &Method::GET) => details::events(status, &body),
+        ("/api/v1/daemon/backend", &Method::GET) => details::backend(status, &query, &body),
+        ("/api/v1/daemon/fuse/sendfd", &Method::PUT) => details::send_fd(api, &body).await,
+        ("/api/v1/daemon/fuse/takeover", &Method::PUT) => {
+            Err(unsupported("a session of a virtual machine cannot be taken over"))
+        }
+        ("/api/v1/config", &Method::GET) => config::get(status, &query, &body),
+        ("/api/v1/config", &Method::PUT) => config::put(status, &query, &body),
+        ("/api/v1/metrics", &Method::GET) => metrics::fs(status, &query, &body),
+        ("/api/v1/metrics/files", &Method::GET) => metrics::files(status, &query, &body),
+        ("/api/v1/metrics/pattern", &Method::GET) => metrics::pattern(status, &query, &body),
+        ("/api/v1/metrics/backend", &Method::GET) => metrics::backend(status, &query, &body),
+        ("/api/v1/metrics/blobcache", &Method::GET) => metrics::blobcache(status, &query, &body),
+        ("/api/v1/metrics/inflight", &Method::GET) => metrics::inflight(status, &body),
+        ("/metrics", &Method::GET) => metrics::prometheus(status, &body),
         ("/api/v2/blobs", &Method::GET | &Method::PUT | &Method::DELETE) => {
             Err(unsupported("only a daemon for the kernel's fscache has blob objects"))
         }

@@ -16,6 +16,7 @@ use crate::backend::network::config::{
     ProxyUrl, RegistryConfig, RemoteConfig, S3Config, Service, http_url, origin_of,
 };
 use crate::oci::auth::{Credentials, Secret};
+use crate::rafs::id::BlobId;
 
 /// nydusd's limit for silence and for connecting, in seconds.
 const TIMEOUT: u64 = 5;
@@ -128,6 +129,13 @@ fn common(own: &mut Table, notes: &mut Notes) -> Result<NetworkConfig, ConfigErr
             .map(|table| mirror(table, notes))
             .collect::<Result<_, _>>()?,
         outage,
+        blob_id: match own.text("blob_id")? {
+            None => None,
+            Some(text) => {
+                let id = BlobId::parse(text.as_bytes()).filter(|id| *id != BlobId::UNKNOWN);
+                Some(id.ok_or_else(|| own.error("blob_id", "is not 64 digits of 0-9 and a-f"))?)
+            }
+        },
     })
 }
 
@@ -329,6 +337,7 @@ pub(super) fn public(remote: &RemoteConfig) -> (&'static str, Value) {
         "connect_timeout": network.connect_timeout.as_secs(),
         "retry_limit": retry_limit,
         "on_outage": on_outage,
+        "blob_id": network.blob_id.map(|id| id.to_string()).unwrap_or_default(),
         "proxy": {
             "url": proxy.url.as_ref().map(|url| format!("{url:?}")).unwrap_or_default(),
             "ping_url": proxy.ping_url.as_ref().map(origin_of).unwrap_or_default(),
@@ -489,6 +498,7 @@ mod tests {
             (registry(r#","timeout":-1"#), "config.timeout: wants a whole number"),
             (registry(r#","timeout":86401"#), "config.timeout: is longer than 86400 seconds"),
             (registry(r#","on_outage":"S3CRET""#), "config.on_outage: use `deadline`"),
+            (registry(r#","blob_id":"S3CRET""#), "config.blob_id: is not 64 digits"),
             (registry(r#","proxy":{"url":"S3CRET"}"#), "config.proxy.url: is not an address"),
             (registry(r#","proxy":{"url":"ftp://S3CRET"}"#), "config.proxy.url: is neither http"),
             (registry(r#","proxy":{"ping_url":"S3CRET"}"#), "config.proxy.ping_url: "),

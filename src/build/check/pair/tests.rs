@@ -11,7 +11,8 @@ pub(super) fn args(store: &Store) -> Args {
         mtime: MtimePrecision::Exact,
         max_differences: 1000,
         json: false,
-        access: Access::default(),
+        source_access: Access::default(),
+        target_access: Access::default(),
     }
 }
 

@@ -1,9 +1,11 @@
 //! The command line: arguments in, checked [`Options`] out.
 //!
 //! Takes what nydusd takes for `virtiofs`, as Kata Containers, units and people write it: flags
-//! before or after the subcommand, repeated flags (the last one wins), no subcommand at all. Flags of
-//! virtiofsd that Kata leaves in place are mapped or reported in [`Options::ignored`]. What another
-//! build may know is refused by name. Nothing here touches the system.
+//! before or after the subcommand, repeated flags (the last one wins), no subcommand at all. Takes what
+//! virtiofsd takes, too, so that either can be replaced by changing a path. `others` says what becomes
+//! of flags that have no meaning here. Nothing here touches the system.
+
+mod others;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -14,7 +16,7 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use log::LevelFilter;
 
 use super::version::VERSION;
-use crate::fuse::MountPath;
+use crate::fuse::{Cache, MountPath};
 
 /// What the program was asked to do.
 #[derive(Debug)]
@@ -30,11 +32,29 @@ pub enum Invocation {
 #[error("{0}")]
 pub struct UsageError(pub String);
 
+/// Where VMMs connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmmSocket {
+    /// A socket to be made here.
+    Path(PathBuf),
+    /// A descriptor that the parent has left open: a socket that listens.
+    Fd(i32),
+}
+
 /// Arguments of `rafsd virtiofs`, checked.
 #[derive(Debug)]
 pub struct Options {
-    /// Socket for the VMM.
-    pub sock: PathBuf,
+    pub sock: VmmSocket,
+    /// Group that may connect to it, by name or number; none: the user's.
+    pub socket_group: Option<String>,
+    /// Say on standard error when a VMM can connect, as virtiofsd does.
+    pub announce_socket: bool,
+    /// Directory of the host to mount at start, in place of an image.
+    pub shared_dir: Option<PathBuf>,
+    /// What guests may keep of shared directories.
+    pub cache: Cache,
+    /// Let guests keep what they write to shared directories for a while.
+    pub writeback: bool,
     /// Socket for the HTTP API; none: no API.
     pub apisock: Option<PathBuf>,
     /// The image to mount at start; none: an empty tree in which the API mounts.
@@ -87,11 +107,28 @@ struct Cli {
 
     /// Socket on which a VMM connects (vhost-user)
     ///
-    /// Required. A path of at most 107 bytes; a relative one is taken from the working directory. A
-    /// stale socket is replaced, a live one or another kind of file is an error. VMMs may come and
-    /// go: the next one is served after a disconnect. Removed at exit.
+    /// Required, unless `--fd` is given. A path of at most 107 bytes; a relative one is taken from the
+    /// working directory. A stale socket is replaced, a live one or another kind of file is an error.
+    /// VMMs may come and go: the next one is served after a disconnect. Removed at exit. virtiofsd's
+    /// name for it, `--socket-path`, is known, too.
     #[arg(long, global = true, value_name = "PATH", help_heading = "Sockets")]
     sock: Option<PathBuf>,
+
+    #[arg(long, global = true, hide = true)]
+    socket_path: Option<PathBuf>,
+
+    /// Descriptor of a socket on which a VMM connects, left open by the parent
+    ///
+    /// In place of `--sock`. The socket must listen already.
+    #[arg(long, global = true, value_name = "N", help_heading = "Sockets",
+          value_parser = clap::value_parser!(i32).range(0..))]
+    fd: Option<i32>,
+
+    /// Group that may connect to the VMM's socket
+    ///
+    /// Default: the group of this process. A name or a number; the socket's mode becomes 0660.
+    #[arg(long, global = true, value_name = "GROUP", help_heading = "Sockets")]
+    socket_group: Option<String>,
 
     /// Socket of the HTTP API
     ///
@@ -121,7 +158,34 @@ struct Cli {
     #[arg(short = 'B', long, global = true, value_name = "FILE", help_heading = "Image")]
     bootstrap: Option<PathBuf>,
 
-    /// Where in the guest's tree the image of `--bootstrap` is mounted
+    /// Directory of the host to share, in place of an image
+    ///
+    /// Default: none; directories are shared by the API. Guests can write there.
+    #[arg(
+        short = 's',
+        long,
+        global = true,
+        value_name = "DIR",
+        help_heading = "Shared directories"
+    )]
+    shared_dir: Option<PathBuf>,
+
+    /// What a guest may keep of shared directories: never, metadata, auto or always
+    ///
+    /// Default: auto. never: nothing. metadata: names and attributes for a second. auto: also data,
+    /// from one open to the next. always: all for a day, for directories that nobody else changes.
+    #[arg(long, global = true, value_name = "MODE", help_heading = "Shared directories",
+          value_parser = others::cache_mode)]
+    cache: Option<Cache>,
+
+    /// Let a guest keep what it writes to shared directories for a while
+    ///
+    /// Default: off. Faster, but the host and other guests see it late, and what the host changes
+    /// meanwhile may be lost.
+    #[arg(long, global = true, action = ArgAction::Count, help_heading = "Shared directories")]
+    writeback: u8,
+
+    /// Where in the guest's tree the image or directory given at start is mounted
     ///
     /// Default: /. An absolute path; directories that lead there are made up. With an image at /
     /// nothing else can be mounted.
@@ -215,7 +279,7 @@ struct Cli {
     #[arg(long, global = true)]
     print_capabilities: bool,
 
-    // Accepted for compatibility: see `ignored` below.
+    // Accepted for compatibility: see `others::ignored`.
     #[arg(long, global = true, hide = true, action = ArgAction::Count)]
     hybrid_mode: u8,
     #[arg(long, global = true, hide = true, action = ArgAction::Count)]
@@ -227,17 +291,34 @@ struct Cli {
     #[arg(short = 'o', global = true, hide = true, action = ArgAction::Append)]
     mount_options: Vec<String>,
 
-    // Known flags of features that are not here: see `refuse_missing_features`.
-    #[arg(short = 's', long, global = true, hide = true)]
-    shared_dir: Option<OsString>,
+    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
+    posix_acl: u8,
+    #[arg(long, global = true, hide = true)]
+    sandbox: Option<String>,
+    #[arg(long, global = true, hide = true)]
+    seccomp: Option<String>,
+    #[arg(long, global = true, hide = true)]
+    modcaps: Option<String>,
+    #[arg(long, global = true, hide = true)]
+    inode_file_handles: Option<String>,
+    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
+    allow_direct_io: u8,
+    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
+    syslog: u8,
+    /// Foreground, where this program always is.
+    #[arg(short = 'f', global = true, hide = true, action = ArgAction::Count)]
+    foreground: u8,
+    /// Debug lines.
+    #[arg(short = 'd', global = true, hide = true, action = ArgAction::Count)]
+    debug: u8,
+
+    // Known flags of features that are not here: see `others::refuse_missing_features`.
+    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
+    readonly: u8,
     #[arg(short = 'M', long, global = true, hide = true)]
     mountpoint: Option<OsString>,
     #[arg(short = 'F', long, global = true, hide = true)]
     fscache: Option<OsString>,
-    #[arg(long, global = true, hide = true)]
-    socket_path: Option<OsString>,
-    #[arg(long, global = true, hide = true)]
-    fd: Option<OsString>,
     #[arg(long, global = true, hide = true)]
     dedup_db: Option<OsString>,
     #[arg(long, global = true, hide = true, action = ArgAction::Count)]
@@ -251,6 +332,9 @@ enum Command {
     #[command(external_subcommand)]
     Other(Vec<OsString>),
 }
+
+/// What libvirt and others ask for; also in `share/qemu/vhost-user/50-rafsd.json`.
+const CAPABILITIES: &str = "{\"type\":\"fs\",\"features\":[\"separate-options\"]}\n";
 
 /// Parses `args`, the program's name first.
 ///
@@ -269,12 +353,23 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         return Ok(Invocation::Print(VERSION.text()));
     }
     if cli.print_capabilities {
-        return Ok(Invocation::Print("{\"type\":\"fs\",\"features\":[]}\n".into()));
+        return Ok(Invocation::Print(CAPABILITIES.into()));
     }
-    refuse_missing_features(&cli)?;
-    let ignored = ignored(&cli)?;
+    others::refuse_missing_features(&cli)?;
+    let mount_options = others::mount_options(&cli)?;
+    let mut ignored = others::ignored(&cli);
+    ignored.extend(mount_options.ignored);
     let required = |what: &str| usage_error(format!("{what}\n\n{}", Cli::command().render_usage()));
-    let sock = cli.sock.ok_or_else(|| required("`--sock PATH` is required"))?;
+    let announce_socket = cli.socket_path.is_some();
+    let sock = match (cli.sock.or(cli.socket_path), cli.fd) {
+        (Some(path), None) => VmmSocket::Path(path),
+        (None, Some(fd)) => VmmSocket::Fd(fd),
+        (None, None) => return Err(required("`--sock PATH` is required")),
+        (Some(_), Some(_)) => return Err(usage_error("--sock and --fd: give one of them".into())),
+    };
+    if cli.socket_group.is_some() && matches!(sock, VmmSocket::Fd(_)) {
+        return Err(usage_error("--socket-group: the socket of --fd is not made here".into()));
+    }
     let mountpoint = cli.virtual_mountpoint.unwrap_or_else(|| "/".into());
     if let Err(e) = MountPath::parse(&mountpoint) {
         return Err(usage_error(format!("--virtual-mountpoint: {e}")));
@@ -285,12 +380,21 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
     Ok(Invocation::Serve(Box::new(Options {
         sock,
+        socket_group: cli.socket_group,
+        announce_socket,
+        shared_dir: cli.shared_dir.or(mount_options.source),
+        cache: cli.cache.or(mount_options.cache).unwrap_or_default(),
+        writeback: cli.writeback > 0 || mount_options.writeback,
         apisock: cli.apisock,
         bootstrap: cli.bootstrap,
         mountpoint,
         config: cli.config,
         localfs_dir: cli.localfs_dir,
-        log_level: cli.log_level.unwrap_or(LevelFilter::Info),
+        log_level: cli.log_level.unwrap_or(if cli.debug > 0 || mount_options.debug {
+            LevelFilter::Debug
+        } else {
+            LevelFilter::Info
+        }),
         log_file: cli
             .log_file
             .map(|p| if p.extension().is_none() { p.with_extension("log") } else { p }),
@@ -304,79 +408,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         rlimit_nofile: cli.rlimit_nofile.unwrap_or(1_000_000),
         ignored,
     })))
-}
-
-/// Features that nydusd or virtiofsd have under these names and this build has not.
-fn refuse_missing_features(cli: &Cli) -> Result<(), UsageError> {
-    if let Some(Command::Other(args)) = &cli.command {
-        let name = args.first().map(|a| a.to_string_lossy()).unwrap_or_default();
-        return Err(usage_error(match name.as_ref() {
-            "fuse" | "singleton" | "nbd" | "uffd" => {
-                format!("the command `{name}` is not in this build; it has `virtiofs`")
-            }
-            _ => format!("unknown command `{name}`; there is `virtiofs`"),
-        }));
-    }
-    let given = [
-        ("--shared-dir (sharing a host directory)", cli.shared_dir.is_some()),
-        ("--mountpoint (mounting on the host)", cli.mountpoint.is_some()),
-        ("--fscache (serving the kernel's fscache)", cli.fscache.is_some()),
-        ("--socket-path (virtiofsd's mode)", cli.socket_path.is_some()),
-        ("--fd (a socket passed by the parent)", cli.fd.is_some()),
-        ("--dedup-db (cache deduplication)", cli.dedup_db.is_some()),
-        ("--upgrade (taking over from a running daemon)", cli.upgrade > 0),
-    ];
-    if let Some((what, _)) = given.iter().find(|(_, given)| *given) {
-        return Err(usage_error(format!("{what} is not in this build")));
-    }
-    Ok(())
-}
-
-/// Flags that were given and change nothing, with the reason; refuses unknown `-o` options.
-fn ignored(cli: &Cli) -> Result<Vec<(String, &'static str)>, UsageError> {
-    const SUBMOUNTS: &str = "an image has no submounts";
-    const XATTR: &str = "attributes of an image are always shown";
-    let mut ignored = Vec::new();
-    let flags = [
-        ("--announce-submounts", cli.announce_submounts > 0, SUBMOUNTS),
-        ("--xattr", cli.xattr > 0, XATTR),
-        ("--prefetch-files", cli.prefetch_files.is_some(), "prefetch is not in this build"),
-        ("--supervisor", cli.supervisor.is_some(), "state is not handed over in this build"),
-    ];
-    for (flag, given, reason) in flags {
-        if given {
-            ignored.push((flag.to_owned(), reason));
-        }
-    }
-    let image_flags = [
-        ("--config", cli.config.is_some()),
-        ("--localfs-dir", cli.localfs_dir.is_some()),
-        ("--virtual-mountpoint", cli.virtual_mountpoint.is_some()),
-    ];
-    for (flag, _) in image_flags.iter().filter(|(_, given)| *given && cli.bootstrap.is_none()) {
-        ignored.push(((*flag).to_owned(), "there is no --bootstrap that it is about"));
-    }
-    if cli.log_file.is_none() && cli.log_rotation_size.is_some_and(|n| n > 0) {
-        ignored.push(("--log-rotation-size".into(), "there is no --log-file"));
-    }
-    for option in cli.mount_options.iter().flat_map(|o| o.split(',')).filter(|o| !o.is_empty()) {
-        let reason = match option.split('=').next().unwrap_or(option) {
-            "announce_submounts" => SUBMOUNTS,
-            "xattr" | "no_xattr" => XATTR,
-            "cache" => "an image never changes: it is always cached",
-            "posix_lock" | "no_posix_lock" | "flock" | "no_flock" => {
-                "locks on a read-only file system stay in the guest"
-            }
-            "source" => {
-                return Err(usage_error(
-                    "-o source (sharing a host directory) is not in this build".into(),
-                ));
-            }
-            _ => return Err(usage_error(format!("-o {option}: unknown option"))),
-        };
-        ignored.push((format!("-o {option}"), reason));
-    }
-    Ok(ignored)
 }
 
 fn usage_error(message: String) -> UsageError {
@@ -427,7 +458,7 @@ mod tests {
         ];
         for line in lines {
             let o = options(line);
-            assert_eq!(o.sock, PathBuf::from("S"), "{line}");
+            assert_eq!(o.sock, VmmSocket::Path("S".into()), "{line}");
             assert_eq!(o.apisock, Some("A".into()), "{line}");
             assert_eq!(o.log_level, LevelFilter::Info, "{line}");
         }
@@ -443,7 +474,7 @@ mod tests {
         for (line, want) in cases {
             assert_eq!(options(line).log_level, want, "{line}");
         }
-        assert_eq!(options("--sock A virtiofs --sock B").sock, PathBuf::from("B"));
+        assert_eq!(options("--sock A virtiofs --sock B").sock, VmmSocket::Path("B".into()));
     }
 
     #[test]
@@ -483,9 +514,12 @@ mod tests {
             ("fuse --mountpoint /mnt --apisock A", "`fuse` is not in this build"),
             ("singleton --fscache /cache", "`singleton` is not in this build"),
             ("frobnicate", "unknown command `frobnicate`"),
-            ("virtiofs --sock S --shared-dir /srv", "--shared-dir"),
-            ("--fd=3 -o source=/srv", "--fd"),
-            ("--sock S -o source=/srv", "-o source"),
+            ("virtiofs --sock S --shared-dir /srv --readonly", "--readonly"),
+            ("--fd=3 --sock S", "give one of them"),
+            ("--fd=-1", "--fd"),
+            ("--fd=3 --socket-group kvm", "--socket-group"),
+            ("--sock S --cache sometimes", "use never, metadata, auto or always"),
+            ("--sock S -o cache=sometimes", "use never, metadata, auto or always"),
             ("--sock S -o frobnicate", "-o frobnicate: unknown"),
             ("--sock S -m rafs", "a mountpoint starts with `/`"),
             ("--sock S --upgrade", "--upgrade"),
@@ -503,10 +537,58 @@ mod tests {
     fn ignored_flags_say_why() {
         let o = options("--sock S --xattr -o announce_submounts,cache=auto --prefetch-files p");
         let flags: Vec<&str> = o.ignored.iter().map(|(flag, _)| flag.as_str()).collect();
-        assert_eq!(
-            flags,
-            ["--xattr", "--prefetch-files", "-o announce_submounts", "-o cache=auto"]
-        );
+        assert_eq!(flags, ["--xattr", "--prefetch-files", "-o announce_submounts"]);
+    }
+
+    #[test]
+    fn command_lines_of_virtiofsd_are_accepted() {
+        let lines = [
+            // Kata, Go runtime, with its default extra arguments
+            "--syslog --cache=auto --shared-dir=/srv --fd=3 --thread-pool-size=1 --announce-submounts",
+            // Kata, runtime-rs
+            "--socket-path /s --shared-dir /srv --cache auto --thread-pool-size=1 -o announce_submounts",
+            // libvirt, units, the older C virtiofsd
+            "--fd=3 -o source=/srv,cache=auto,no_posix_lock,sandbox=namespace -f",
+            "--socket-path=/s --socket-group=kvm -o source=/srv --sandbox=none --seccomp=none -d",
+            "--shared-dir /srv --socket-path /s --inode-file-handles=prefer --allow-direct-io \
+             --modcaps=+sys_admin --posix-acl --xattr --rlimit-nofile=0 --tag t",
+        ];
+        for line in lines {
+            let Ok(Invocation::Serve(o)) = parse_line(line) else { panic!("{line}") };
+            assert_eq!(o.shared_dir, Some("/srv".into()), "{line}");
+            assert_eq!(o.cache, Cache::Auto, "{line}");
+            let (sock, announce) = match line.contains("--fd") {
+                true => (VmmSocket::Fd(3), false),
+                false => (VmmSocket::Path("/s".into()), true),
+            };
+            assert_eq!((o.sock, o.announce_socket), (sock, announce), "{line}");
+        }
+        let modes = [
+            ("never", Cache::Never),
+            ("metadata", Cache::Metadata),
+            ("auto", Cache::Auto),
+            ("always", Cache::Always),
+        ];
+        for (mode, cache) in modes {
+            assert_eq!(options(&format!("--sock S --cache {mode}")).cache, cache);
+            assert_eq!(options(&format!("--sock S -o cache={mode}")).cache, cache);
+        }
+        assert!(options("--sock S --writeback").writeback);
+        assert!(options("--sock S -o writeback").writeback);
+        assert!(!options("--sock S -o no_writeback").writeback);
+        assert_eq!(options("--sock S -d").log_level, LevelFilter::Debug);
+        assert_eq!(options("--sock S -d -l warn").log_level, LevelFilter::Warn);
+    }
+
+    #[test]
+    fn the_descriptor_for_managers_says_what_the_program_says() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/share/qemu/vhost-user/50-rafsd.json");
+        let text = std::fs::read_to_string(file).unwrap();
+        let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let program: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
+        assert_eq!((&file["type"], &file["features"]), (&program["type"], &program["features"]));
+        assert!(file["binary"].as_str().unwrap().starts_with('/'));
+        assert!(file["description"].is_string());
     }
 
     #[test]
