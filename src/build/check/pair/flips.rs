@@ -115,19 +115,29 @@ impl Spare {
         let (_, ext) = image.super_blocks().unwrap();
         // The super blocks, without build time, uuid, volume name and what is reserved; compatible
         // features and flags have bits of no meaning.
-        used.extend([1024..1032, 1036..1048, 1060..1072, 1104..1114, 1160..1204]);
+        used.extend([1024..1032, 1036..1048, 1060..1072, 1104..1114, 1160..1192]);
+        // Either of the two says that there is no prefetch table.
+        if ext.prefetch_table_offset.get() != 0 {
+            used.push(1192..1204);
+        }
         for i in 0..image.blobs().len() {
             let slot = 1408 + 128 * i;
             used.push(slot..slot + 68);
-            // Sizes, digests and places in the blob: compared with the blob, which is not here.
+            // The digester decides how the source is hashed, which is done already. What follows is
+            // compared with the blob, which is not here.
             let entry = size(ext.blob_table_offset.get()) + 256 * i;
-            used.push(entry..entry + 84);
+            used.push(entry..entry + 80);
         }
         for item in image.walk() {
             let inode = item.unwrap().inode;
             let at = size(inode.offset());
             // Format to size; owner to nlink. The address of data that is inline, and `ino`, are not.
-            used.extend([at..at + 6, at + 8..at + 16, at + 24..at + 48]);
+            used.extend([at..at + 6, at + 24..at + 48]);
+            // Special files have a size that nobody looks at.
+            let sized = [FileKind::Directory, FileKind::Regular, FileKind::Symlink];
+            if sized.contains(&inode.kind()) {
+                used.push(at + 8..at + 16);
+            }
             if matches!(inode.kind(), FileKind::CharDevice | FileKind::BlockDevice) {
                 used.push(at + 16..at + 20);
             }
