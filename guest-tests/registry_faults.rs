@@ -28,7 +28,7 @@ enum Outcome {
 
 /// Every fault, for as long as it lasts: what the guest gets, what the log says why, and the `cause` under
 /// which `/metrics` counts it.
-const FAULTS: [(Fault, Outcome, &str, &str); 21] = [
+const FAULTS: [(Fault, Outcome, &str, &str); 22] = [
     (Fault::Hang, Outcome::AtDeadline, "did not answer in 1000 ms", "timeout"),
     (Fault::HangMidBody, Outcome::AtDeadline, "did not answer in 1000 ms", "timeout"),
     (Fault::ResetMidBody, Outcome::AtDeadline, "broke off", "broken"),
@@ -49,6 +49,12 @@ const FAULTS: [(Fault, Outcome, &str, &str); 21] = [
         "throttled",
     ),
     (Fault::RetryAfter(429, 3600), Outcome::AtOnce, "asks to wait 3600 s", "throttled"),
+    (
+        Fault::RetryAfter(503, u64::MAX),
+        Outcome::AtOnce,
+        "asks to wait 18446744073709551615 s",
+        "server",
+    ),
     (Fault::Status(500), Outcome::AtDeadline, "HTTP status 500", "server"),
     (Fault::Status(503), Outcome::AtDeadline, "HTTP status 503", "server"),
     (Fault::Status(204), Outcome::AtDeadline, "HTTP status 204", "protocol"),
@@ -104,7 +110,7 @@ fn a_fault_that_passes_is_not_noticed() {
     let registry = FaultRegistry::start(&image.blobs).expect("a registry");
     let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
     for (fault, _, cause, _) in FAULTS {
-        let for_good = matches!(fault, Fault::Status(401..=416) | Fault::RetryAfter(_, 3600));
+        let for_good = matches!(fault, Fault::Status(401..=416) | Fault::RetryAfter(_, 3600..));
         if for_good || fault == Fault::WholeBlob {
             continue;
         }

@@ -6,6 +6,9 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+/// Longest time that a source is left alone because it asks for that.
+const MAX_WAIT: Duration = Duration::from_secs(3600);
+
 /// How one source has been doing.
 pub struct Health {
     /// Failures in a row after which it is left out.
@@ -84,7 +87,8 @@ impl Health {
         state.failures = state.failures.saturating_add(1);
         let was_out = state.out_until.is_some();
         if was_out || silent || wait.is_some() || state.failures >= self.failure_limit {
-            state.out_until = Some(now + self.pause.max(wait.unwrap_or_default()));
+            let wait = wait.unwrap_or_default().min(MAX_WAIT);
+            state.out_until = Some(now + self.pause.max(wait));
         }
         !was_out && state.out_until.is_some()
     }
@@ -128,6 +132,8 @@ mod tests {
         assert!(health.failed(false, Some(9 * second), start));
         assert_eq!(health.verdict(start + 8 * second), Verdict::Out);
         assert_eq!(health.verdict(start + 9 * second), Verdict::Try);
+        health.failed(false, Some(Duration::MAX), start);
+        assert_eq!(health.verdict(start + MAX_WAIT), Verdict::Try, "however long it asks for");
     }
 
     #[test]
