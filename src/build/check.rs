@@ -36,7 +36,6 @@ use anyhow::Result;
 
 pub use self::filesystem::MtimePrecision;
 use crate::oci::http::HttpOptions;
-use crate::oci::http::HttpOptions;
 use crate::oci::manifest::PlatformName;
 use crate::oci::reference::Reference;
 use crate::oci::registry::Access;
@@ -101,18 +100,6 @@ pub struct Args {
     #[arg(long, value_name = "PLATFORM", requires = "from")]
     platform: Option<PlatformName>,
 
-    /// Take the source's registry without checking its certificate, or without TLS if it has none.
-    #[arg(long, requires = "source")]
-    source_insecure: bool,
-
-    /// The same for the target's registry.
-    #[arg(long, requires = "target")]
-    target_insecure: bool,
-
-    /// PEM file with certificates of authorities to trust, too. May be given several times.
-    #[arg(long, value_name = "FILE", requires = "from")]
-    ca_file: Vec<PathBuf>,
-
     /// How exactly times of files must agree.
     ///
     /// nydus-image drops fractions of seconds: compare images that it made with `seconds`.
@@ -155,16 +142,6 @@ pub struct Args {
 ///
 /// If the result cannot be printed.
 pub fn run(args: Args) -> Result<ExitCode> {
-    let access = |insecure: bool| {
-        let http = HttpOptions {
-            ca_files: args.ca_file.clone(),
-            skip_verify: insecure,
-            ..HttpOptions::default()
-        };
-        Access { http, credentials: None }
-    };
-    let (source_access, target_access) =
-        (access(args.source_insecure), access(args.target_insecure));
     let source = match (args.source, args.source_dir) {
         (Some(reference), _) => Some(pair::Source::Image(reference)),
         (None, dir) => dir.map(pair::Source::Dir),
