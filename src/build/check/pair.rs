@@ -463,6 +463,4 @@ fn target_blobs<'a>(
 }
 
 #[cfg(test)]
-mod flips;
-#[cfg(test)]
 mod tests;
