@@ -254,6 +254,8 @@ fn convert(source: &str, target: &str) -> Convert {
     command.args(["convert", "--source", source, "--target", target]);
     command.arg("--output-json").arg(json.path());
     command.env("DOCKER_CONFIG", "/nonexistent").env_remove("REGISTRY_AUTH_FILE");
+    // A proxy that is not there: nothing on this machine is behind it.
+    command.env("HTTP_PROXY", "http://127.0.0.1:1").env("HTTPS_PROXY", "http://127.0.0.1:1");
     Convert { command, json }
 }
 

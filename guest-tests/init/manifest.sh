@@ -28,7 +28,7 @@ metadata() (
     errors=$("$tools/find" . -print0 | busybox sort -z |
         busybox xargs -0 "$tools/getfattr" -h -d -m - -e hex 2>&1 >&3 3>&-)
     echo "# what has no attributes that can be read"
-    printf '%s\n' "$errors" | busybox grep -v ': Operation not supported$'
+    printf '%s\n' "$errors" | busybox grep -v -e ': Operation not supported$' -e '^$'
     true
 )
 

@@ -308,7 +308,12 @@ impl Drop for Registry {
             let from = requests.len().saturating_sub(20);
             let mut stderr = std::io::stderr();
             // A closed stderr is no reason to panic twice.
-            let _ = writeln!(stderr, "--- log of the registry ---\n{}", self.log());
+            let log = self.log();
+            let _ =
+                writeln!(stderr, "--- last lines of the registry's log, and its last requests ---");
+            for line in log.lines().skip(log.lines().count().saturating_sub(20)) {
+                let _ = writeln!(stderr, "{line}");
+            }
             for request in &requests[from..] {
                 let _ = writeln!(stderr, "{request:?}");
             }

@@ -17,7 +17,7 @@ use super::auth::{Authenticator, Credentials, Scope};
 use super::digest::{Digest, Hasher};
 use super::docker_config;
 use super::error::OciError;
-use super::http::{self, HttpOptions, MAX_REDIRECTS};
+use super::http::{self, HttpOptions, MAX_REDIRECTS, ProxyChoice};
 use super::manifest::{
     ACCEPT as MANIFEST_TYPES, Descriptor, Document, Index, MAX_MANIFEST, OCI_INDEX, Stored, verify,
 };
@@ -62,8 +62,13 @@ impl Repository {
     /// Prepares to talk to the repository in which `name` is. Asks nothing of the registry, unless
     /// it may be one without TLS: on this machine, or where certificates are not checked.
     pub async fn connect(name: &Name, access: &Access) -> Result<Repository, OciError> {
-        let client = http::client(&access.http)?;
-        let sender = http::client(&HttpOptions { read_timeout: None, ..access.http.clone() })?;
+        let mut options = access.http.clone();
+        if is_loopback(name.host()) && options.proxy == ProxyChoice::Environment {
+            // As docker does: what is on this machine is not behind a proxy.
+            options.proxy = ProxyChoice::None;
+        }
+        let client = http::client(&options)?;
+        let sender = http::client(&HttpOptions { read_timeout: None, ..options })?;
         let url = |scheme: &str| {
             Url::parse(&format!("{scheme}://{}/v2/", name.host())).map_err(|e| {
                 OciError::Reference { text: name.to_string(), reason: format!("the host: {e}") }
