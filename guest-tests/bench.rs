@@ -4,6 +4,8 @@
 //! contenders of a workload alternating, so that a change of the machine's mood hits all of them.
 //! The load generator shares the machine with the daemon: compare ratios and CPU time, not wishes.
 
+#[path = "bench/cold.rs"]
+mod cold;
 mod support;
 
 use std::fs;
@@ -327,6 +329,7 @@ fn machine() -> String {
 fn main() -> Result<()> {
     let args = Args::parse();
     anyhow::ensure!(args.runs > 0 && !args.files.is_empty(), "nothing to do");
+    let wanted = |name: &str| name.contains(&args.only);
     let scratch = tempfile::tempdir()?;
     print(format_args!(
         "rafsd {} on {}, medians of {} runs (best–worst)",
@@ -334,6 +337,12 @@ fn main() -> Result<()> {
         machine(),
         args.runs
     ))?;
+    if wanted("cold-start") {
+        cold::measure(args.runs, scratch.path())?;
+    }
+    if !WORKLOADS.iter().any(|w| wanted(w.name)) {
+        return Ok(());
+    }
     let mut contenders = Vec::new();
     for &files in &args.files {
         let dir = scratch.path().join(files.to_string());
@@ -344,7 +353,7 @@ fn main() -> Result<()> {
         contenders.push(Contender { name: format!("rafsd, {files}"), launch, files });
     }
     let largest = contenders.iter().map(|c| c.files).max().unwrap_or(0);
-    for workload in WORKLOADS.iter().filter(|w| w.name.contains(&args.only)) {
+    for workload in WORKLOADS.iter().filter(|w| wanted(w.name)) {
         let chosen: Vec<&Contender> =
             contenders.iter().filter(|c| !workload.largest_only || c.files == largest).collect();
         measure(workload, &chosen, &args)?;

@@ -52,7 +52,7 @@ fn several_daemons_fetch_each_chunk_once() {
         let backend =
             HangFs::mount(&image.blobs, &scratch.path().join("backend")).expect("a backend");
         backend.set(Mode::Slow(Duration::from_millis(5)));
-        let launch = image.launch_over(backend.path(), scratch.path());
+        let launch = image.launch_over(backend.path(), scratch.path()).read_ahead();
         let daemons = 4;
         std::thread::scope(|scope| {
             for n in 0..daemons {

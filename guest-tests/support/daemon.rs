@@ -27,6 +27,10 @@ pub struct Launch {
     /// `device.backend.config`.
     pub backend: serde_json::Value,
     pub work_dir: PathBuf,
+    /// `fs_prefetch`.
+    pub prefetch: Option<serde_json::Value>,
+    /// `amplify_io`, bytes. 0, no read-ahead, so that tests know what was fetched; `None`: not given.
+    pub amplify: Option<u64>,
     pub sock: PathBuf,
     pub config: PathBuf,
     pub log_level: String,
@@ -45,6 +49,8 @@ impl Launch {
             backend_type: "localfs".into(),
             backend: json!({ "dir": blob_dir }),
             work_dir: scratch.join("cache"),
+            prefetch: None,
+            amplify: Some(0),
             sock: scratch.join("fs.sock"),
             config: scratch.join("config.json"),
             log_level: "info".into(),
@@ -63,6 +69,17 @@ impl Launch {
     pub fn backend(mut self, kind: &str, config: serde_json::Value) -> Launch {
         self.backend_type = kind.into();
         self.backend = config;
+        self
+    }
+
+    /// With read-ahead, as the daemon does without being told.
+    pub fn read_ahead(mut self) -> Launch {
+        self.amplify = None;
+        self
+    }
+
+    pub fn prefetch(mut self, keys: serde_json::Value) -> Launch {
+        self.prefetch = Some(keys);
         self
     }
 
@@ -99,7 +116,7 @@ impl Launch {
 
     fn write_config(&self) -> Result<()> {
         fs::create_dir_all(&self.work_dir)?;
-        let document = json!({
+        let mut document = json!({
             "device": {
                 "backend": { "type": self.backend_type, "config": self.backend },
                 "cache": { "type": "blobcache", "config": { "work_dir": self.work_dir } },
@@ -109,6 +126,12 @@ impl Launch {
             "iostats_files": false,
             "enable_xattr": true,
         });
+        if let Some(amplify) = self.amplify {
+            document["amplify_io"] = amplify.into();
+        }
+        if let Some(prefetch) = &self.prefetch {
+            document["fs_prefetch"] = prefetch.clone();
+        }
         fs::write(&self.config, document.to_string())?;
         Ok(())
     }

@@ -6,7 +6,9 @@
 //! verify and write each unit as soon as its bytes have come ([`Unit::accept`]). Nobody who waits
 //! for a claim of another process holds bytes of the budget or a claim that somebody needs.
 
+use std::collections::hash_map::Entry;
 use std::future::{Future, ready};
+use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -15,12 +17,15 @@ use std::time::Instant;
 use super::cache_file::{CacheFiles, Geometry};
 use super::claim::Claim;
 use super::counters::add;
-use super::download;
+use super::download::{self, EarlyFailure};
 use super::error::{ChunkError, ChunkFailure, chain};
 use super::flight::{Slot, within};
+use super::gate::Class;
 use super::store::{Blob, ChunkData, ChunkRef};
-use super::table::Table;
+use super::table::{Proof, Table};
+use super::transfer::Admitted;
 use super::unit::{Cached, ChunkResult, Keep, Unit, UnitSlot};
+use crate::rafs::id::ChunkIndex;
 
 /// How often opening the cache files is tried on a full or broken disk, in milliseconds.
 const CACHE_RETRY_MS: u64 = 1000;
@@ -99,7 +104,7 @@ impl Blob {
         deadline: Instant,
     ) -> Vec<Want> {
         let mut wants = Vec::with_capacity(chunks.len());
-        let mut units = Vec::new();
+        let (mut units, mut used) = (Vec::new(), Vec::new());
         for chunk in chunks {
             let info = table.infos.get(chunk.index);
             let (Some(info), Some(members)) = (info, table.infos.unit(chunk.index)) else {
@@ -122,6 +127,13 @@ impl Blob {
                 Some(slot) => {
                     slot.extend(deadline);
                     add(&self.store.counters.joined_fetches_total, 1);
+                    let before = slot.demand();
+                    if before != Class::Demand {
+                        self.link.changed.notify_waiters(); // it need not give way any more
+                    }
+                    if before == Class::ReadAhead {
+                        used.push(chunk.index.0);
+                    }
                     slot.clone()
                 }
                 None => {
@@ -136,7 +148,99 @@ impl Blob {
         }
         units.sort_by_key(|unit| unit.chunks.start);
         start(self, units);
+        used.into_iter().for_each(|chunk| self.hit(chunk));
         wants
+    }
+
+    /// Starts a flight of each unit of `chunks` that is not here and has none.
+    fn enlist_early(self: &Arc<Self>, chunks: &Range<u32>, class: Class) -> Vec<Unit> {
+        let Some(table) = self.table.get() else { return Vec::new() };
+        let deadline = self.store.deadline();
+        let mut units = Vec::new();
+        let mut next = chunks.start;
+        while next < chunks.end
+            && let Some(members) = table.infos.unit(ChunkIndex(next))
+        {
+            next = members.end;
+            // A chunk that no file of the image has may be without a digest, and is of no use.
+            let of_use = |i| {
+                !self.verified.get(i)
+                    && (!table.shareable()
+                        || matches!(table.proof(ChunkIndex(i)), Proof::Digest(_)))
+            };
+            if !members.clone().any(of_use) {
+                continue;
+            }
+            let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+            let Entry::Vacant(entry) = flights.entry(members.start) else { continue };
+            let slot = Arc::new(UnitSlot::of_class(class, self.store.epoch, deadline));
+            entry.insert(slot.clone());
+            drop(flights);
+            units.push(Unit::new(self.clone(), slot, members));
+        }
+        units
+    }
+
+    /// Fetches `chunks`, whole units, for nobody in particular: those that are nowhere on this host
+    /// and on nobody's way.
+    pub(super) async fn fetch_early(
+        self: Arc<Self>,
+        chunks: Range<u32>,
+        admitted: Admitted,
+    ) -> Early {
+        let mut early = Early::default();
+        if self.store.degraded.load(Ordering::Relaxed) {
+            early.failure = Some(EarlyFailure::NoCache);
+            return early;
+        }
+        let class = admitted.class();
+        let mut admitted = Some(admitted);
+        let mut left = vec![chunks];
+        while let Some(chunks) = left.pop()
+            && let Some(leave) = admitted.take()
+        {
+            let units = self.enlist_early(&chunks, class);
+            if units.is_empty() {
+                admitted = Some(leave);
+                continue;
+            }
+            let blob = self.clone();
+            let Ok(found) = self.on_worker_for(class, move || look(&blob, units)).await else {
+                break; // the daemon is ending
+            };
+            // What is here is verified when it is read; what comes to another process is its own.
+            let mut not_now = found.ready;
+            not_now.extend(found.elsewhere);
+            let (keep, lose): (Vec<_>, Vec<_>) =
+                found.missing.into_iter().partition(|unit| !matches!(unit.keep, Keep::Nowhere));
+            if !lose.is_empty() {
+                early.failure = Some(EarlyFailure::NoCache);
+                not_now.extend(lose);
+            }
+            let mut parts = runs(keep, adjacent).into_iter();
+            let first = parts.next().unwrap_or_default();
+            // The rest has a request of its own, after this one; nothing stays claimed for it.
+            for part in parts {
+                if let (Some(first), Some(last)) = (part.first(), part.last()) {
+                    left.push(first.chunks.start..last.chunks.end);
+                }
+                not_now.extend(part);
+            }
+            release(&self, not_now);
+            if first.is_empty() {
+                admitted = Some(leave);
+                continue;
+            }
+            let bytes: u64 = first.iter().map(Unit::stored_len).sum();
+            let (leave, failure) = download::download_early(&self, first, leave).await;
+            if failure.is_some() {
+                early.failure = failure;
+                break;
+            }
+            early.bytes += bytes;
+            admitted = leave;
+        }
+        early
     }
 
     fn contradiction(&self, chunk: &ChunkRef, have: String) -> Want {
@@ -160,8 +264,15 @@ impl Blob {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, ChunkFailure> {
-        let permit = self.store.workers.clone().acquire_owned().await;
-        let permit = permit.map_err(|_| ChunkFailure::Abandoned)?;
+        self.on_worker_for(Class::Demand, work).await
+    }
+
+    async fn on_worker_for<T: Send + 'static>(
+        &self,
+        class: Class,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ChunkFailure> {
+        let permit = self.store.workers.pass(class, 1).await;
         let job = self.store.runtime.spawn_blocking(move || {
             let result = work();
             drop(permit);
@@ -202,6 +313,14 @@ impl Blob {
     }
 }
 
+/// What came of asking early.
+#[derive(Default)]
+pub struct Early {
+    /// Stored bytes that were fetched.
+    pub bytes: u64,
+    pub failure: Option<EarlyFailure>,
+}
+
 /// What a reader of one chunk gets.
 enum Want {
     Known(ChunkResult),
@@ -219,6 +338,11 @@ pub fn fail(units: Vec<Unit>, failure: ChunkFailure) {
         let error = Arc::new(first.blob.give_up(first.chunks.start, failure));
         units.into_iter().for_each(|unit| unit.fail(&error));
     }
+}
+
+/// Ends units that nobody waits for, and starts those over for which somebody does by now.
+pub fn release(blob: &Arc<Blob>, units: Vec<Unit>) {
+    start(blob, units.into_iter().filter_map(Unit::release).collect());
 }
 
 /// Starts the task that makes `units` of `blob`, in the order of their chunks, readable.
@@ -243,19 +367,26 @@ fn proceed(blob: &Arc<Blob>, found: Found) {
     }
     let missing = found.missing.iter().map(|unit| unit.chunks.len() as u64).sum();
     add(&blob.store.counters.cache_misses_total, missing);
+    let places: Vec<_> = found.missing.iter().map(|unit| unit.chunks.clone()).collect();
     download::start(blob, found.missing);
-    for units in runs(found.elsewhere, |units| {
-        let mut lens: Vec<usize> = Vec::new();
-        for (i, unit) in units.iter().enumerate() {
-            match lens.last_mut() {
-                Some(len) if units[i - 1].chunks.end == unit.chunks.start => *len += 1,
-                _ => lens.push(1),
-            }
-        }
-        lens
-    }) {
+    if !places.is_empty() {
+        blob.missed(&places);
+    }
+    for units in runs(found.elsewhere, adjacent) {
         blob.store.runtime.spawn(wait_for_claim(blob.clone(), units));
     }
+}
+
+/// Lengths of runs of units that follow each other.
+fn adjacent(units: &[Unit]) -> Vec<usize> {
+    let mut lens: Vec<usize> = Vec::new();
+    for (i, unit) in units.iter().enumerate() {
+        match lens.last_mut() {
+            Some(len) if units[i - 1].chunks.end == unit.chunks.start => *len += 1,
+            _ => lens.push(1),
+        }
+    }
+    lens
 }
 
 /// Cuts `units` into runs of the lengths that `cut` gives.

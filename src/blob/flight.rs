@@ -2,12 +2,13 @@
 
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::gate::Class;
 use super::store::Store;
 use crate::backend::BackendError;
 
@@ -17,16 +18,25 @@ pub struct Slot<R> {
     epoch: Instant,
     /// Latest deadline, in microseconds since `epoch`.
     until_us: AtomicU64,
+    /// The most urgent [`Class`] that wants it.
+    class: AtomicU8,
     /// What went wrong last and is being tried again.
     last: Mutex<Option<Arc<BackendError>>>,
 }
 
 impl<R: Clone> Slot<R> {
+    /// Somebody waits until `deadline`.
     pub fn new(epoch: Instant, deadline: Instant) -> Self {
+        Self::of_class(Class::Demand, epoch, deadline)
+    }
+
+    /// Nobody waits unless `class` is demand; it should be there by `deadline` all the same.
+    pub fn of_class(class: Class, epoch: Instant, deadline: Instant) -> Self {
         let slot = Slot {
             result: watch::Sender::new(None),
             epoch,
             until_us: AtomicU64::new(0),
+            class: AtomicU8::new(class as u8),
             last: Mutex::new(None),
         };
         slot.extend(deadline);
@@ -37,6 +47,16 @@ impl<R: Clone> Slot<R> {
     pub fn extend(&self, deadline: Instant) {
         let us = deadline.saturating_duration_since(self.epoch).as_micros();
         self.until_us.fetch_max(u64::try_from(us).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// Somebody waits for it from now on; gives what it was before.
+    pub fn demand(&self) -> Class {
+        let before = self.class.swap(Class::Demand as u8, Ordering::Relaxed);
+        Class::ALL[usize::from(before)]
+    }
+
+    pub fn class(&self) -> Class {
+        Class::ALL[usize::from(self.class.load(Ordering::Relaxed))]
     }
 
     /// When the last waiter gives up.

@@ -14,6 +14,7 @@
 //!
 //! Files, all in `<work_dir>/rafsd/`: see [`cache_file`] for their bytes.
 
+mod ahead;
 pub mod cache_file;
 mod claim;
 pub mod counters;
@@ -21,12 +22,19 @@ mod download;
 pub mod error;
 mod fetch;
 mod flight;
+mod gate;
+mod link;
+mod neighbours;
 mod plan;
+mod prefetch;
 mod readiness;
 pub mod store;
 mod table;
+mod transfer;
 mod unit;
 
 pub use counters::Counters;
 pub use error::{ChunkError, ChunkFailure, StoreError};
+pub use gate::Class;
+pub use prefetch::{Prefetch, PrefetchConfig};
 pub use store::{Blob, ChunkData, ChunkRef, DigestSource, Store, StoreConfig};

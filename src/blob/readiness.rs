@@ -1,4 +1,4 @@
-//! Which chunks of a blob this process has verified.
+//! Bits for the chunks of a blob: which of them this process has verified.
 //!
 //! A bit is set only after the chunk's bytes are in the cache file and have matched their digest,
 //! so a set bit may be trusted without reading the chunk. Any number of threads may query and set
@@ -35,6 +35,12 @@ impl Bitmap {
         if let Some((word, mask)) = self.word(bit) {
             word.fetch_and(!mask, Ordering::Release);
         }
+    }
+
+    /// Clears the bit; was it set?
+    pub fn take(&self, bit: u32) -> bool {
+        self.word(bit)
+            .is_some_and(|(word, mask)| word.fetch_and(!mask, Ordering::AcqRel) & mask != 0)
     }
 
     /// Number of set bits.

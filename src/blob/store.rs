@@ -4,16 +4,19 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
 
+use super::ahead::Ahead;
 use super::cache_file::{CacheDir, CacheFiles, DirError};
 use super::claim::Waiters;
 use super::counters::Counters;
 use super::error::StoreError;
+use super::gate::Gate;
+use super::link::Link;
+use super::neighbours::ImageFiles;
 use super::readiness::Bitmap;
 use super::table::{Table, TableSlot};
 use super::unit::UnitSlot;
@@ -22,6 +25,9 @@ use crate::rafs::ci::ChunkInfo;
 use crate::rafs::id::{BlobId, BlobIndex, ChunkIndex};
 use crate::rafs::layout::BLOCK_SIZE;
 use crate::rafs::{BlobInfo, Bootstrap};
+
+/// Most bytes asked for early because of one chunk unless a config says otherwise: nydusd's default.
+const DEFAULT_AMPLIFY: u64 = 1 << 20;
 
 /// How a [`Store`] works. [`StoreConfig::new`] gives the defaults.
 #[derive(Clone, Debug)]
@@ -63,9 +69,13 @@ pub struct Store {
     dir: OnceLock<CacheDir>,
     /// Start of the clock that deadlines are kept in.
     pub(super) epoch: Instant,
-    /// One permit for each KiB of `in_flight_bytes`.
-    pub(super) budget: Arc<Semaphore>,
-    pub(super) workers: Arc<Semaphore>,
+    /// One permit for each of `in_flight_bytes`.
+    pub(super) budget: Arc<Gate>,
+    pub(super) workers: Arc<Gate>,
+    /// By [`Backend::name`]: blobs of one source share what was measured.
+    links: Mutex<HashMap<String, Weak<Link>>>,
+    /// The images that are open.
+    images: Mutex<Vec<Weak<ImageFiles>>>,
     pub(super) waiters: Waiters,
     /// Buffers for decompression, kept to spare their pages being cleared again.
     pub(super) buffers: Mutex<Vec<Vec<u8>>>,
@@ -102,10 +112,14 @@ impl Store {
             }
             Err(DirError::Io(e)) => return Err(cache_error(e)),
         }
-        let permits = usize::try_from(config.in_flight_bytes / 1024).unwrap_or(usize::MAX);
+        // What nobody waits for gets a part, so that demand finds room at once.
+        let (bytes, workers) = (config.in_flight_bytes.max(1), config.workers.max(1) as u64);
+        let some = workers.div_ceil(2);
         Ok(Arc::new(Store {
-            budget: Arc::new(Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS))),
-            workers: Arc::new(Semaphore::new(config.workers.max(1))),
+            budget: Gate::new([bytes, bytes / 2, bytes / 2, bytes / 4]),
+            workers: Gate::new([workers, some, some, some]),
+            links: Mutex::default(),
+            images: Mutex::default(),
             waiters: Waiters::default(),
             buffers: Mutex::default(),
             counters: Counters::default(),
@@ -138,15 +152,21 @@ impl Store {
             .get(usize::from(index.0))
             .ok_or(StoreError::NoSuchBlob { index, count })?
             .clone();
+        let (link, files) = (self.link(backend.name()), self.files(image));
         let mut opened = self.opened_bytes.lock().unwrap_or_else(PoisonError::into_inner);
         opened.insert(info.id, info.data_end);
         drop(opened);
-        Ok(Arc::new(Blob {
+        Ok(Arc::new_cyclic(|me| Blob {
+            me: me.clone(),
             store: self.clone(),
             image: image.clone(),
             verified: Bitmap::new(info.chunk_count),
+            ahead: Ahead::new(info.chunk_count),
+            amplify: AtomicU64::new(DEFAULT_AMPLIFY),
             info,
             backend,
+            link,
+            files,
             table: OnceLock::new(),
             cache: OnceLock::new(),
             cache_retry: AtomicU64::new(0),
@@ -155,6 +175,43 @@ impl Store {
             backend_down: AtomicBool::new(false),
             said_conflict: AtomicBool::new(false),
         }))
+    }
+
+    /// The way to the source of this name.
+    fn link(&self, source: &str) -> Arc<Link> {
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(link) = links.get(source).and_then(Weak::upgrade) {
+            return link;
+        }
+        links.retain(|_, link| link.strong_count() > 0);
+        let link = Arc::new(Link::new(self.epoch));
+        links.insert(source.to_owned(), Arc::downgrade(&link));
+        link
+    }
+
+    /// What was measured of the ways to sources in use: the source's name, the time until an answer
+    /// begins (`None`: nothing has come yet), and bytes per second.
+    pub fn links(&self) -> Vec<(String, Option<Duration>, u64)> {
+        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = links.iter().filter_map(|(name, link)| Some((name, link.upgrade()?)));
+        let estimates = open.map(|(name, link)| {
+            let (latency, bandwidth) = link.estimate();
+            (name.clone(), latency, bandwidth)
+        });
+        let mut estimates: Vec<_> = estimates.collect();
+        estimates.sort();
+        estimates
+    }
+
+    fn files(&self, image: &Bootstrap) -> Arc<ImageFiles> {
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        images.retain(|files| files.strong_count() > 0);
+        if let Some(files) = images.iter().filter_map(Weak::upgrade).find(|f| f.is_of(image)) {
+            return files;
+        }
+        let files = Arc::new(ImageFiles::new(image));
+        images.push(Arc::downgrade(&files));
+        files
     }
 
     pub fn counters(&self) -> &Counters {
@@ -231,12 +288,19 @@ pub enum DigestSource {
 /// One blob as one image sees it. Two images with the same blob have two of these; they share the
 /// cache's files, and each believes only its own digests.
 pub struct Blob {
+    pub(super) me: Weak<Blob>,
     pub(super) store: Arc<Store>,
     pub(super) image: Bootstrap,
     pub(super) info: BlobInfo,
     pub(super) backend: Arc<dyn Backend>,
+    /// The way to the backend.
+    pub(super) link: Arc<Link>,
+    pub(super) files: Arc<ImageFiles>,
     /// Chunks whose bytes in the cache file this process has verified.
     pub(super) verified: Bitmap,
+    pub(super) ahead: Ahead,
+    /// Most bytes asked for early because of one chunk.
+    pub(super) amplify: AtomicU64,
     pub(super) table: OnceLock<Table>,
     pub(super) cache: OnceLock<CacheFiles>,
     /// When opening the cache files may be tried again, in ms since the store's epoch.
@@ -256,8 +320,17 @@ impl Blob {
         if !self.verified.get(chunk.index.0) {
             return None;
         }
+        if self.ahead.take_unread(chunk.index.0) {
+            self.follow(chunk.index.0);
+        }
         let info = self.table.get()?.infos.get(chunk.index)?;
         chunk.agrees(&info).then_some(info.uncompressed_offset)
+    }
+
+    /// Sets how many bytes may be fetched early because a reader wants a chunk, until it goes on in
+    /// order; 0: there is no read-ahead at all. 1 MiB if it is never called.
+    pub fn set_amplify(&self, bytes: u64) {
+        self.amplify.store(bytes, Ordering::Relaxed);
     }
 
     /// The uncompressed blob. May be shorter than a verified chunk reaches if somebody shortened

@@ -16,6 +16,7 @@ use super::claim::Claim;
 use super::counters::add;
 use super::error::{ChunkError, ChunkFailure};
 use super::flight::Slot;
+use super::gate::Class;
 use super::plan::Piece;
 use super::store::{Blob, ChunkData, Store};
 use super::table::{Proof, Table};
@@ -230,6 +231,10 @@ impl Unit {
         if bad {
             return Err(Bad::Digest);
         }
+        if self.slot.class() == Class::ReadAhead && results.iter().all(is_cached) {
+            add(&self.blob.store.counters.read_ahead_chunk_bytes_total, self.stored_len());
+            self.blob.ahead.came(self.chunks.clone());
+        }
         self.finish(results.into());
         Ok(())
     }
@@ -301,6 +306,24 @@ impl Unit {
         (!ended).then_some(self)
     }
 
+    /// Ends the unit without a result, as nobody waits for it; gives it back if somebody does, to be
+    /// looked for again: it is not claimed any more.
+    pub fn release(mut self) -> Option<Unit> {
+        // First, as claims of one process are one: a later flight must not lose its own.
+        self.keep = Keep::Nowhere;
+        if self.slot.is_done() {
+            return None;
+        }
+        let error = || Arc::new(self.blob.error(self.chunks.start, ChunkFailure::Abandoned));
+        let ended = self.end_if(|slot| slot.class() != Class::Demand, || self.failed(&error()));
+        (!ended).then_some(self)
+    }
+
+    /// Stored bytes.
+    pub fn stored_len(&self) -> u64 {
+        self.stored.end - self.stored.start
+    }
+
     fn end(&self, results: Arc<[ChunkResult]>) {
         self.end_if(|_| true, || results);
     }
@@ -333,6 +356,10 @@ impl Drop for Unit {
             self.end(self.failed(&Arc::new(error)));
         }
     }
+}
+
+fn is_cached(result: &ChunkResult) -> bool {
+    matches!(result, Ok(ChunkData::Cached))
 }
 
 /// Writes the chunk and zeros up to the end of its last block.

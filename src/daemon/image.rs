@@ -4,6 +4,7 @@
 //! images with the same `work_dir` share one cache, with its budgets and counters.
 
 use std::collections::HashMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,10 +12,10 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::DaemonError;
-use super::config::{BackendConfig, Config};
+use super::config::{self, BackendConfig, Config};
 use super::metrics::CacheTotals;
 use crate::backend::{Backend, LocalFs, Metered, Outage, Remote};
-use crate::blob::{Blob, Store, StoreConfig};
+use crate::blob::{Blob, Prefetch, PrefetchConfig, Store, StoreConfig};
 use crate::fuse::{RafsFs, RafsOptions};
 use crate::oci::names::Resolver;
 use crate::rafs::Bootstrap;
@@ -30,6 +31,8 @@ pub struct Source {
     pub config: Config,
     /// What logs call it: where it is mounted.
     pub name: String,
+    /// Paths in the image to fetch early; none: what the image says.
+    pub prefetch_files: Vec<String>,
 }
 
 /// An image that can be mounted.
@@ -91,7 +94,7 @@ impl Images {
     /// The bootstrap or the cache directory cannot be used.
     pub fn open(&self, source: Source) -> Result<Image, DaemonError> {
         let begin = Instant::now();
-        let Source { bootstrap: path, config, name } = source;
+        let Source { bootstrap: path, config, name, prefetch_files } = source;
         for note in &config.notes {
             log::info!("{name}: config: ignored: {note}");
         }
@@ -109,8 +112,11 @@ impl Images {
             Outage::Wait => FOREVER,
             Outage::Deadline | Outage::Fail { .. } => self.read_timeout,
         };
+        blobs.iter().for_each(|blob| blob.set_amplify(config.amplify));
+        let prefetch = prefetch(&config.prefetch, &name, prefetch_files)
+            .map(|wanted| Prefetch::start(&store, &bootstrap, &blobs, wanted));
         let options = RafsOptions { name, read_timeout, ..RafsOptions::default() };
-        let fs = RafsFs::new(bootstrap.clone(), blobs.clone(), options);
+        let fs = RafsFs::new(bootstrap.clone(), blobs.clone(), options).with_prefetch(prefetch);
         let Config { id: config_id, work_dir, .. } = config;
         Ok(Image {
             fs,
@@ -184,6 +190,64 @@ impl Images {
     fn lock(&self) -> MutexGuard<'_, Caches> {
         self.caches.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Longest list of files, in bytes.
+const MAX_LIST_LEN: u64 = 16 << 20;
+
+/// Reads a list of absolute paths, one on each line (`--prefetch-files`). What is no such path is said
+/// in the log and left out.
+///
+/// # Errors
+///
+/// The file cannot be read, or is longer than [`MAX_LIST_LEN`].
+pub fn read_list(path: &Path) -> Result<Vec<String>, DaemonError> {
+    let failed = |source| DaemonError::PrefetchFiles { path: path.to_owned(), source };
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(MAX_LIST_LEN + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_LIST_LEN {
+        let reason = format!("longer than {MAX_LIST_LEN} bytes");
+        return Err(failed(std::io::Error::other(reason)));
+    }
+    let mut files = Vec::new();
+    let mut wrong = 0;
+    for line in bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii) {
+        match std::str::from_utf8(line) {
+            Ok("") => (),
+            Ok(line) if line.starts_with('/') => files.push(line.to_owned()),
+            _ => wrong += 1,
+        }
+    }
+    if wrong > 0 {
+        log::warn!(
+            "prefetch files {}: {wrong} lines are no absolute paths in UTF-8 and are left out",
+            path.display()
+        );
+    }
+    Ok(files)
+}
+
+/// What to fetch early, if anything. Files that somebody names are wanted unless the config forbids it.
+fn prefetch(config: &config::Prefetch, name: &str, files: Vec<String>) -> Option<PrefetchConfig> {
+    let listed = !files.is_empty();
+    match config.enable {
+        Some(true) => (),
+        None if listed => (),
+        _ if listed => {
+            log::info!("{name}: ignored: files to prefetch: the config says that prefetch is off");
+            return None;
+        }
+        _ => return None,
+    }
+    Some(PrefetchConfig {
+        name: name.to_owned(),
+        requests: config.threads,
+        request_bytes: config.batch_size,
+        bytes_per_second: (config.bandwidth_limit > 0).then_some(config.bandwidth_limit),
+        paths: listed.then(|| files.into_iter().map(String::into_bytes).collect()),
+        everything: config.prefetch_all,
+    })
 }
 
 /// One line for the operator.

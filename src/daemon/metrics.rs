@@ -17,6 +17,7 @@ use super::mounted::SourceTotals;
 use super::state::Status;
 use super::version::VERSION;
 use crate::backend::BackendCause;
+use crate::blob::Class;
 use crate::{blob, device, fuse};
 
 /// `Content-Type` of [`render`].
@@ -26,7 +27,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 type Row<T> = (&'static str, &'static str, Option<Unit>, fn(&T) -> &AtomicU64);
 
 /// What the caches count.
-fn cache_rows() -> [Row<blob::Counters>; 11] {
+fn cache_rows() -> [Row<blob::Counters>; 16] {
     [
         ("cache_hits", "Chunks found in the cache and verified on first use", None, |c| {
             &c.cache_hits_total
@@ -56,6 +57,21 @@ fn cache_rows() -> [Row<blob::Counters>; 11] {
         ("uncached_chunks", "Chunks served without caching", None, |c| &c.uncached_chunks_total),
         ("chunk_timeouts", "Waits for chunks that ended at their deadline", None, |c| {
             &c.timeouts_total
+        }),
+        ("read_ahead", "Bytes of chunks that were read ahead", Some(Unit::Bytes), |c| {
+            &c.read_ahead_chunk_bytes_total
+        }),
+        ("read_ahead_used", "Those of them that somebody has read since", Some(Unit::Bytes), |c| {
+            &c.read_ahead_used_bytes_total
+        }),
+        ("prefetch_wanted", "Bytes that prefetch was asked for", Some(Unit::Bytes), |c| {
+            &c.prefetch_wanted_bytes_total
+        }),
+        ("prefetch_done", "Those of them that it is done with", Some(Unit::Bytes), |c| {
+            &c.prefetch_done_bytes_total
+        }),
+        ("prefetch_failures", "Requests of a prefetch that failed", None, |c| {
+            &c.prefetch_failures_total
         }),
     ]
 }
@@ -92,7 +108,10 @@ fn ring_errors(c: &device::Counters) -> [(&'static str, &AtomicU64); 6] {
 pub struct CacheTotals {
     fetched_bytes: u64,
     /// In the order of [`cache_rows`].
-    numbers: [u64; 11],
+    numbers: [u64; 16],
+    /// In the order of [`Class::ALL`].
+    class_bytes: [u64; Class::ALL.len()],
+    class_requests: [u64; Class::ALL.len()],
     /// In the order of [`BackendCause::ALL`].
     errors: [u64; BackendCause::ALL.len()],
 }
@@ -103,6 +122,10 @@ impl CacheTotals {
         self.fetched_bytes += counters.fetched_bytes_total.load(Ordering::Relaxed);
         for (sum, (.., number)) in self.numbers.iter_mut().zip(cache_rows()) {
             *sum += number(counters).load(Ordering::Relaxed);
+        }
+        for class in Class::ALL {
+            self.class_bytes[class as usize] += counters.fetched_bytes_by(class);
+            self.class_requests[class as usize] += counters.fetch_requests_by(class);
         }
         for (sum, cause) in self.errors.iter_mut().zip(BackendCause::ALL) {
             *sum += counters.backend_errors_total(cause);
@@ -231,6 +254,11 @@ impl Collector for Snapshot {
         for ((name, help, unit, _), value) in cache_rows().into_iter().zip(self.cache.numbers) {
             counter(e, (name, help, unit), value)?;
         }
+        let classes = || Class::ALL.iter().map(|class| class.label());
+        let row = ("class_fetched", "Fetched bytes by what they are for", Some(Unit::Bytes));
+        counters(e, row, "class", classes().zip(self.cache.class_bytes))?;
+        let row = ("class_requests", "Reads sent to backends by what they are for", None);
+        counters(e, row, "class", classes().zip(self.cache.class_requests))?;
         let causes = BackendCause::ALL.iter().map(|cause| cause.label());
         let row = ("backend_errors", "Failed reads of backends, repeated ones included", None);
         counters(e, row, "cause", causes.zip(self.cache.errors))?;

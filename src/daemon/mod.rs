@@ -53,6 +53,8 @@ pub enum DaemonError {
     Socket(#[from] socket::SocketError),
     #[error("bootstrap {}", path.display())]
     Bootstrap { path: PathBuf, source: FormatError },
+    #[error("prefetch files {}", path.display())]
+    PrefetchFiles { path: PathBuf, source: io::Error },
     #[error("backend")]
     Backend { source: OciError },
     #[error("cache")]

@@ -37,7 +37,7 @@ pub enum What {
     Image {
         bootstrap: PathBuf,
         config: Box<Config>,
-        /// Paths in the image that should be fetched early.
+        /// Paths in the image to fetch early; none: what the image says.
         prefetch_files: Vec<String>,
     },
     /// A directory of the host, which guests can write.
@@ -218,13 +218,10 @@ impl Mounted {
         let name = at.to_string();
         match what {
             What::Image { bootstrap, config, prefetch_files } => {
-                if !prefetch_files.is_empty() {
-                    log::info!("{at}: ignored: prefetch_files: prefetch is not in this build");
-                }
                 let config = *config;
                 config.check_paths()?;
                 let public = config.public();
-                let source = Source { bootstrap, config, name: name.clone() };
+                let source = Source { bootstrap, config, name: name.clone(), prefetch_files };
                 let Image { fs, parts } = self.images.open(source)?;
                 let info = MountInfo {
                     backend_type: "Rafs",

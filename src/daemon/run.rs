@@ -234,7 +234,10 @@ fn image_at_start(options: &Options, bootstrap: &Path) -> Result<What, DaemonErr
     Ok(What::Image {
         bootstrap: bootstrap.to_owned(),
         config: Box::new(config),
-        prefetch_files: Vec::new(),
+        prefetch_files: match &options.prefetch_files {
+            Some(file) => super::image::read_list(file)?,
+            None => Vec::new(),
+        },
     })
 }
 

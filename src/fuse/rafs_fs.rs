@@ -15,7 +15,7 @@ use super::listing::{Listing, Name};
 use super::reply::Payload;
 use super::wait::{Pins, Wait};
 use super::zeros::ZeroChunks;
-use crate::blob::Blob;
+use crate::blob::{Blob, Prefetch};
 use crate::rafs::id::Nid;
 use crate::rafs::layout::{BLOCK_SIZE, ImageFlags};
 use crate::rafs::{Bootstrap, Dir, FileKind, FormatError, Inode};
@@ -49,6 +49,8 @@ pub struct RafsFs {
     pub(super) options: RafsOptions,
     known: Arc<Known>,
     zeros: ZeroChunks,
+    #[expect(dead_code, reason = "held, not read: it ends with the file system")]
+    prefetch: Option<Prefetch>,
 }
 
 impl RafsFs {
@@ -60,7 +62,13 @@ impl RafsFs {
             image,
             blobs,
             options,
+            prefetch: None,
         }
+    }
+
+    /// Lets `prefetch` go on as long as the file system is there.
+    pub fn with_prefetch(self, prefetch: Option<Prefetch>) -> RafsFs {
+        RafsFs { prefetch, ..self }
     }
 
     /// The inode a guest means by `node`.

@@ -130,6 +130,11 @@ impl Bootstrap {
         self.image.file_id
     }
 
+    /// Are both the same bootstrap, opened once?
+    pub fn is(&self, other: &Bootstrap) -> bool {
+        Arc::ptr_eq(&self.image, &other.image)
+    }
+
     /// Bytes of the bootstrap.
     #[expect(clippy::len_without_is_empty, reason = "a bootstrap is never empty")]
     pub fn len(&self) -> u64 {

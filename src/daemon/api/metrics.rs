@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::query::Query;
 use super::{Answer, ApiError, bad_request, json as answer, no_body, no_content};
 use crate::backend::Backend;
+use crate::blob::{Class, Counters};
 use crate::daemon::image::ImageParts;
 use crate::daemon::metrics;
 use crate::daemon::mounted::Entry;
@@ -158,6 +159,11 @@ pub(super) fn blobcache(status: &Status, query: &Query<'_>, body: &Bytes) -> Ans
     let ready: u64 = blobs.values().map(|&(ready, _)| u64::from(ready)).sum();
     let all_ready = blobs.values().all(|(ready, chunks)| ready == chunks);
     let first = images.first();
+    let prefetched = |number: fn(&Counters, Class) -> u64| -> u64 {
+        let counters = first.map(|image| image.store.counters());
+        let classes = [Class::Prefetch, Class::Fill];
+        counters.map_or(0, |counters| classes.iter().map(|&class| number(counters, class)).sum())
+    };
     Ok(answer(
         StatusCode::OK,
         &json!({
@@ -168,8 +174,8 @@ pub(super) fn blobcache(status: &Status, query: &Query<'_>, body: &Bytes) -> Ans
             "whole_hits": total.saturating_sub(waited),
             "total": total,
             "entries_count": ready,
-            "prefetch_data_amount": 0,
-            "prefetch_requests_count": 0,
+            "prefetch_data_amount": prefetched(Counters::fetched_bytes_by),
+            "prefetch_requests_count": prefetched(Counters::fetch_requests_by),
             "prefetch_workers": 0,
             "prefetch_unmerged_chunks": 0,
             "prefetch_cumulative_time_millis": 0,

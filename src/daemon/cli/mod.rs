@@ -64,6 +64,8 @@ pub struct Options {
     /// Config file; none: blobs beside the bootstrap or in `localfs_dir`, private cache.
     pub config: Option<PathBuf>,
     pub localfs_dir: Option<PathBuf>,
+    /// List of paths in the image to fetch early.
+    pub prefetch_files: Option<PathBuf>,
     pub log_level: LevelFilter,
     pub log_file: Option<PathBuf>,
     /// Bytes after which the log file is rotated; 0: never.
@@ -213,6 +215,14 @@ struct Cli {
     #[arg(short = 'D', long, global = true, value_name = "DIR", help_heading = "Image")]
     localfs_dir: Option<PathBuf>,
 
+    /// Files of the image to fetch before the guest reads them
+    ///
+    /// Default: what the image itself lists, if the config turns prefetch on. A text file with one
+    /// absolute path on each line, in the order of importance; a directory means everything below it.
+    /// Fetched in the background, behind what the guest waits for.
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Image")]
+    prefetch_files: Option<PathBuf>,
+
     /// How long a guest's read may wait for its data
     ///
     /// Default: 60s. A number with a unit: 500ms, 30s, 2m. When the backend has not delivered by then
@@ -286,8 +296,6 @@ struct Cli {
     announce_submounts: u8,
     #[arg(long, global = true, hide = true, action = ArgAction::Count)]
     xattr: u8,
-    #[arg(long, global = true, hide = true)]
-    prefetch_files: Option<PathBuf>,
     #[arg(short = 'o', global = true, hide = true, action = ArgAction::Append)]
     mount_options: Vec<String>,
 
@@ -390,6 +398,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         mountpoint,
         config: cli.config,
         localfs_dir: cli.localfs_dir,
+        prefetch_files: cli.prefetch_files,
         log_level: cli.log_level.unwrap_or(if cli.debug > 0 || mount_options.debug {
             LevelFilter::Debug
         } else {
@@ -536,8 +545,9 @@ mod tests {
     #[test]
     fn ignored_flags_say_why() {
         let o = options("--sock S --xattr -o announce_submounts,cache=auto --prefetch-files p");
+        assert_eq!(o.prefetch_files, Some("p".into()));
         let flags: Vec<&str> = o.ignored.iter().map(|(flag, _)| flag.as_str()).collect();
-        assert_eq!(flags, ["--xattr", "--prefetch-files", "-o announce_submounts"]);
+        assert_eq!(flags, ["--xattr", "-o announce_submounts"]);
     }
 
     #[test]

@@ -122,9 +122,9 @@ pub(super) fn ignored(cli: &Cli) -> Vec<(String, &'static str)> {
         ("--inode-file-handles", cli.inode_file_handles.is_some(), HANDLES),
         ("--allow-direct-io", cli.allow_direct_io > 0, DIRECT_IO),
         ("--syslog", cli.syslog > 0, "log lines go to standard error or --log-file"),
-        ("--prefetch-files", cli.prefetch_files.is_some(), "prefetch is not in this build"),
         ("--config", cli.config.is_some() && no_bootstrap, NO_IMAGE),
         ("--localfs-dir", cli.localfs_dir.is_some() && no_bootstrap, NO_IMAGE),
+        ("--prefetch-files", cli.prefetch_files.is_some() && no_bootstrap, NO_IMAGE),
         (
             "--bootstrap",
             cli.shared_dir.is_some() && !no_bootstrap,

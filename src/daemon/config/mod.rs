@@ -8,6 +8,7 @@
 
 mod backend;
 mod network;
+mod prefetch;
 mod table;
 mod versions;
 
@@ -21,9 +22,13 @@ use serde_json::{Value, json};
 use crate::backend::LocalFsConfig;
 
 pub use backend::BackendConfig;
+pub use prefetch::Prefetch;
 
 /// Largest config file, in bytes.
 pub const MAX_CONFIG_LEN: u64 = 1 << 20;
+
+/// [`Config::amplify`] of a document that does not say, as in nydusd.
+const DEFAULT_AMPLIFY: u64 = 1 << 20;
 
 /// Why a config cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +87,10 @@ pub struct Config {
     pub backend: BackendConfig,
     /// Directory below which the cache lives.
     pub work_dir: PathBuf,
+    pub prefetch: Prefetch,
+    /// Most bytes that are fetched early because a reader wants a chunk; 0: no read-ahead
+    /// (`amplify_io`, `rafs.batch_size`).
+    pub amplify: u64,
     /// What the document asks for and does not get, or what nobody knows: `key: reason`.
     pub notes: Vec<String>,
 }
@@ -166,6 +175,8 @@ impl Config {
             id: String::new(),
             backend: BackendConfig::LocalFs(localfs),
             work_dir: cache_home(|name| std::env::var_os(name))?,
+            prefetch: Prefetch::default(),
+            amplify: DEFAULT_AMPLIFY,
             notes: Vec::new(),
         })
     }
@@ -181,8 +192,7 @@ impl Config {
 
     /// What the API shows: a version 2 document of what is in effect, without secrets.
     pub fn public(&self) -> Value {
-        let prefetch = json!({"enable": false, "threads": 8, "batch_size": 1 << 20,
-            "bandwidth_limit": 0, "prefetch_all": false});
+        let prefetch = self.prefetch.public();
         json!({
             "version": 2,
             "id": self.id,
@@ -191,7 +201,7 @@ impl Config {
             "cache": {"type": "blobcache", "compressed": false, "validate": true,
                 "prefetch": prefetch,
                 "filecache": {"work_dir": self.work_dir, "disable_indexed_map": false}},
-            "rafs": {"mode": "direct", "batch_size": 1 << 20, "validate": true,
+            "rafs": {"mode": "direct", "batch_size": self.amplify, "validate": true,
                 "enable_xattr": true, "iostats_files": false,
                 "access_pattern": false, "latest_read_files": false, "prefetch": prefetch},
         })
@@ -346,17 +356,16 @@ mod tests {
         let config = Config::parse(&v1(
             r#","color":"red","cache":{"type":"blobcache","compressed":true,"validate":true}"#,
             r#","mode":"cached","digest_validate":true,"enable_xattr":false,"amplify_io":4096,"warmup":1,
-              "fs_prefetch":{"enable":true,"prefetch_all":true,"threads_count":8}"#,
+              "fs_prefetch":{"enable":true,"prefetch_all":true,"threads_count":8,"color":1}"#,
         ))
         .unwrap();
         let keys: Vec<_> =
             config.notes.iter().map(|n| n.split_once(": ").expect("key: reason").0).collect();
         let want = [
-            "amplify_io",
             "device.cache.compressed",
             "device.color",
             "enable_xattr",
-            "fs_prefetch.enable",
+            "fs_prefetch.color",
             "mode",
             "warmup",
         ];

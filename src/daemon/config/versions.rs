@@ -4,13 +4,12 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
+use super::prefetch::{self, Prefetch};
 use super::table::{Notes, Table};
-use super::{Config, ConfigError, Form, backend, short};
+use super::{Config, ConfigError, DEFAULT_AMPLIFY, Form, backend, short};
 
-const NO_PREFETCH: &str = "prefetch is not in this build";
 const NO_FILE_STATS: &str = "statistics per file are not in this build";
 const SHOWS_XATTRS: &str = "attributes of an image are always shown: capabilities are among them";
-const WHOLE_CHUNKS: &str = "reads are rounded to whole chunks, no further";
 
 pub(super) fn read(form: Form, document: Map<String, Value>) -> Result<Config, ConfigError> {
     let document = Table::document(document);
@@ -46,13 +45,13 @@ fn version_1(mut top: Table) -> Result<Config, ConfigError> {
     top.take::<bool>("digest_validate")?;
     top.ignore("enable_xattr", true, SHOWS_XATTRS, &mut notes)?;
     file_statistics(&mut top, &mut notes)?;
-    top.ignore("amplify_io", 1u64 << 20, WHOLE_CHUNKS, &mut notes)?;
-    if let Some(prefetch) = top.table("fs_prefetch")? {
-        let keys = ["threads_count", "merging_size", "bandwidth_rate"];
-        ignore_prefetch(prefetch, keys, &mut notes)?;
-    }
+    let amplify = top.take("amplify_io")?.unwrap_or(DEFAULT_AMPLIFY);
+    let prefetch = match top.table("fs_prefetch")? {
+        Some(table) => Prefetch::read(table, &prefetch::VERSION_1, &mut notes)?,
+        None => Prefetch::default(),
+    };
     top.finish(&mut notes);
-    Ok(Config { form: Form::JsonV1, id, backend, work_dir, notes })
+    Ok(Config { form: Form::JsonV1, id, backend, work_dir, prefetch, amplify, notes })
 }
 
 fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
@@ -74,13 +73,14 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
     let mut cache = top.table("cache")?;
     cache_type(&top, cache.as_mut())?;
     let mut work_dir = PathBuf::from(".");
+    let (mut prefetch, mut amplify) = (Prefetch::default(), DEFAULT_AMPLIFY);
     if let Some(mut cache) = cache {
         cache_flags(&mut cache, &mut notes)?;
         if let Some(own) = cache.table("filecache")? {
             work_dir = file_cache(own, &mut notes)?;
         }
-        if let Some(prefetch) = cache.table("prefetch")? {
-            ignore_prefetch(prefetch, ["threads", "batch_size", "bandwidth_limit"], &mut notes)?;
+        if let Some(table) = cache.table("prefetch")? {
+            prefetch = Prefetch::read(table, &prefetch::VERSION_2, &mut notes)?;
         }
         cache.finish(&mut notes);
     }
@@ -90,14 +90,14 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
         rafs.take::<bool>("validate")?;
         rafs.ignore("enable_xattr", true, SHOWS_XATTRS, &mut notes)?;
         file_statistics(&mut rafs, &mut notes)?;
-        rafs.ignore("batch_size", 1u64 << 20, WHOLE_CHUNKS, &mut notes)?;
-        if let Some(prefetch) = rafs.table("prefetch")? {
-            ignore_prefetch(prefetch, ["threads", "batch_size", "bandwidth_limit"], &mut notes)?;
+        amplify = rafs.take("batch_size")?.unwrap_or(DEFAULT_AMPLIFY);
+        if let Some(table) = rafs.table("prefetch")? {
+            prefetch = prefetch.or(Prefetch::read(table, &prefetch::VERSION_2, &mut notes)?);
         }
         rafs.finish(&mut notes);
     }
     top.finish(&mut notes);
-    Ok(Config { form, id, backend, work_dir, notes })
+    Ok(Config { form, id, backend, work_dir, prefetch, amplify, notes })
 }
 
 fn required_table(parent: &mut Table, key: &str) -> Result<Table, ConfigError> {
@@ -167,22 +167,5 @@ fn file_statistics(parent: &mut Table, notes: &mut Notes) -> Result<(), ConfigEr
     for key in ["iostats_files", "access_pattern", "latest_read_files"] {
         parent.ignore(key, false, NO_FILE_STATS, notes)?;
     }
-    Ok(())
-}
-
-/// Checks a prefetch table, whose numbers are called `numbers`, and notes if it wants to be on.
-fn ignore_prefetch(
-    mut prefetch: Table,
-    numbers: [&str; 3],
-    notes: &mut Notes,
-) -> Result<(), ConfigError> {
-    prefetch.ignore("enable", false, NO_PREFETCH, notes)?;
-    for key in numbers {
-        prefetch.take::<u64>(key)?;
-    }
-    for key in ["prefetch_all", "stream_prefetch"] {
-        prefetch.take::<bool>(key)?;
-    }
-    prefetch.finish(notes);
     Ok(())
 }

@@ -1,0 +1,421 @@
+//! The way to a source of blobs: how long an answer takes, how many bytes per second it carries, and
+//! who may use it.
+//!
+//! Both figures are measured from the reads that happen anyway. Single measurements lie: an answer
+//! waits behind others, bytes have piled up while nobody looked. So the latency is a low quantile of
+//! the last measurements, the bandwidth a high one. Their product is what the link carries in the
+//! time of one answer: so many bytes more in a request cost no more than a request more.
+//!
+//! What nobody waits for is bounded in bytes, by the same product: whoever comes next never finds
+//! more than that in front of it.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::gate::{Gate, Limits};
+
+/// Requests on their way to one source at once, and the parts that less urgent ones may have.
+const MAX_REQUESTS: Limits = [64, 40, 40, 16];
+/// Bandwidth that is assumed before it is measured, in bytes per second.
+const FIRST_BANDWIDTH: u64 = 16 << 20;
+/// Bytes that may be on their way for nobody in particular: two products of latency and bandwidth,
+/// so that the link never runs dry, but within these bounds.
+const LOW_BYTES: std::ops::RangeInclusive<u64> = (1 << 20)..=(16 << 20);
+/// Bytes that filling may have on their way beside demand, at least.
+const FILL_BESIDE_DEMAND: u64 = 128 << 10;
+/// A shorter latency is that of this host; nothing is gained by asking early.
+const NEAR: Duration = Duration::from_millis(1);
+/// For so many latencies after the last demand more demand is expected.
+const DEMAND_LINGERS: u32 = 2;
+
+/// See the module's documentation.
+pub struct Link {
+    /// One permit for each request.
+    pub requests: Arc<Gate>,
+    /// One permit for each stored byte that was asked for early and has not come.
+    pub early: Arc<Gate>,
+    measured: Mutex<Measured>,
+    /// Requests that somebody waits for, and those of them whose bytes are coming.
+    demand: AtomicU32,
+    streaming: AtomicU32,
+    /// When demand was there last, in milliseconds since `epoch`.
+    last_demand_ms: AtomicU64,
+    epoch: Instant,
+    /// Wakes those that give way, when they need not any more.
+    pub changed: Notify,
+}
+
+impl Link {
+    pub fn new(epoch: Instant) -> Link {
+        let measured = Mutex::<Measured>::default();
+        let limits = measured.lock().unwrap_or_else(PoisonError::into_inner).early_limits(false);
+        Link {
+            requests: Gate::new(MAX_REQUESTS),
+            early: Gate::new(limits),
+            measured,
+            demand: AtomicU32::new(0),
+            streaming: AtomicU32::new(0),
+            last_demand_ms: AtomicU64::new(0),
+            epoch,
+            changed: Notify::new(),
+        }
+    }
+
+    fn measured(&self) -> MutexGuard<'_, Measured> {
+        self.measured.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Time from a request to the first byte of its answer, `None` before it was measured, and bytes
+    /// per second.
+    pub fn estimate(&self) -> (Option<Duration>, u64) {
+        let measured = self.measured();
+        (measured.latency(), measured.bandwidth())
+    }
+
+    /// Bytes that the link carries in the time of one answer. 0 before the latency is known, and
+    /// for sources of this host: then there is nothing to be gained by asking early.
+    pub fn product(&self) -> u64 {
+        self.measured().product()
+    }
+
+    /// The first bytes of an answer came, `latency` after its request.
+    pub fn answered(&self, latency: Duration) {
+        self.measured().latencies.add(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        self.refresh();
+    }
+
+    /// Sets the bounds anew: the estimates or the demand may have changed.
+    pub fn refresh(&self) {
+        let demand = self.expects_demand();
+        let limits = self.measured().early_limits(demand);
+        self.early.set_limits(limits);
+    }
+
+    fn expects_demand(&self) -> bool {
+        if self.demand.load(Ordering::Relaxed) > 0 {
+            return true;
+        }
+        let last = self.last_demand_ms.load(Ordering::Relaxed);
+        let lingers = self.estimate().0.unwrap_or_default() * DEMAND_LINGERS;
+        last > 0 && self.epoch.elapsed() < Duration::from_millis(last) + lingers
+    }
+
+    /// Somebody waits for a request, until the guard is dropped.
+    pub fn demand(self: &Arc<Self>) -> Demand {
+        self.demand.fetch_add(1, Ordering::Relaxed);
+        self.refresh();
+        Demand { link: self.clone(), streams: false }
+    }
+
+    /// Is somebody waiting whose bytes are coming? Then the rest should not take bandwidth.
+    pub fn is_wanted(&self) -> bool {
+        self.streaming.load(Ordering::Relaxed) > 0
+    }
+
+    /// The bytes of a request have begun to come.
+    pub fn stream(self: &Arc<Self>) -> Stream {
+        self.measured().meter.begin(Instant::now());
+        Stream { link: self.clone(), open: true }
+    }
+}
+
+/// A request that somebody waits for.
+pub struct Demand {
+    link: Arc<Link>,
+    streams: bool,
+}
+
+impl Demand {
+    /// Its bytes have begun to come.
+    pub fn streams(&mut self) {
+        if !std::mem::replace(&mut self.streams, true) {
+            self.link.streaming.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Demand {
+    fn drop(&mut self) {
+        let link = &self.link;
+        let now = u64::try_from(link.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
+        link.last_demand_ms.store(now.max(1), Ordering::Relaxed);
+        link.demand.fetch_sub(1, Ordering::Relaxed);
+        if self.streams && link.streaming.fetch_sub(1, Ordering::Relaxed) == 1 {
+            link.changed.notify_waiters();
+        }
+        link.refresh();
+    }
+}
+
+/// A request whose bytes are coming: what it receives measures the bandwidth.
+pub struct Stream {
+    link: Arc<Link>,
+    open: bool,
+}
+
+impl Stream {
+    pub fn received(&self, bytes: usize) {
+        if self.open && self.link.measured().received(Instant::now(), bytes as u64) {
+            self.link.refresh();
+        }
+    }
+
+    /// Nobody takes its bytes for a while, so they measure nothing.
+    pub fn pause(&mut self) {
+        if std::mem::replace(&mut self.open, false) {
+            self.link.measured().meter.end();
+        }
+    }
+
+    /// They are taken again.
+    pub fn resume(&mut self) {
+        if !std::mem::replace(&mut self.open, true) {
+            self.link.measured().meter.begin(Instant::now());
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.pause();
+    }
+}
+
+/// The figures of a link.
+#[derive(Default)]
+struct Measured {
+    /// In microseconds.
+    latencies: Samples,
+    /// In bytes per second.
+    bandwidths: Samples,
+    meter: Meter,
+}
+
+impl Measured {
+    fn latency(&self) -> Option<Duration> {
+        self.latencies.quantile(1, 4).map(Duration::from_micros)
+    }
+
+    fn bandwidth(&self) -> u64 {
+        self.bandwidths.quantile(3, 4).unwrap_or(FIRST_BANDWIDTH)
+    }
+
+    fn product(&self) -> u64 {
+        match self.latency() {
+            Some(latency) if latency >= NEAR => {
+                let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+                self.bandwidth().saturating_mul(micros) / 1_000_000
+            }
+            _ => 0,
+        }
+    }
+
+    fn early_limits(&self, demand: bool) -> Limits {
+        let low = (2 * self.product()).clamp(*LOW_BYTES.start(), *LOW_BYTES.end());
+        // Filling can wait: it leaves demand most of the link as long as there is some.
+        let fill = if demand { (self.product() / 2).clamp(FILL_BESIDE_DEMAND, low) } else { low };
+        [u64::MAX, low, low, fill]
+    }
+
+    /// True if the estimate may have changed.
+    fn received(&mut self, now: Instant, bytes: u64) -> bool {
+        let sample = self.meter.received(now, bytes);
+        if let Some(bandwidth) = sample {
+            self.bandwidths.add(bandwidth);
+        }
+        sample.is_some()
+    }
+}
+
+/// The last measurements of something.
+#[derive(Default)]
+struct Samples {
+    /// At most [`Samples::KEPT`], the next to be replaced at `next`.
+    values: Vec<u64>,
+    next: usize,
+}
+
+impl Samples {
+    const KEPT: usize = 16;
+
+    fn add(&mut self, value: u64) {
+        if self.values.len() < Self::KEPT {
+            self.values.push(value);
+        } else {
+            self.values[self.next] = value;
+            self.next = (self.next + 1) % Self::KEPT;
+        }
+    }
+
+    /// The value that `of`ths of the measurements do not exceed, in `parts` of them.
+    fn quantile(&self, parts: usize, of: usize) -> Option<u64> {
+        let mut sorted = self.values.clone();
+        sorted.sort_unstable();
+        let last = sorted.len().checked_sub(1)?;
+        Some(sorted[(last * parts).div_ceil(of).min(last)])
+    }
+}
+
+/// Measures bandwidth while bytes come on at least one stream, all streams together.
+#[derive(Default)]
+struct Meter {
+    streams: u32,
+    since: Option<Instant>,
+    bytes: u64,
+}
+
+impl Meter {
+    /// Bytes of one measurement, at least; it takes as long at least, unless far more bytes came.
+    const MIN_BYTES: u64 = 32 << 10;
+    const MIN_TIME: Duration = Duration::from_millis(2);
+    const MANY: u64 = 4 << 20;
+
+    fn begin(&mut self, now: Instant) {
+        self.streams += 1;
+        if self.streams == 1 {
+            (self.since, self.bytes) = (Some(now), 0);
+        }
+    }
+
+    fn end(&mut self) {
+        self.streams = self.streams.saturating_sub(1);
+        if self.streams == 0 {
+            self.since = None;
+        }
+    }
+
+    /// A measurement, in bytes per second, if it is time for one.
+    fn received(&mut self, now: Instant, bytes: u64) -> Option<u64> {
+        self.bytes += bytes;
+        let took = now.saturating_duration_since(self.since?);
+        let long = took >= Self::MIN_TIME && self.bytes >= Self::MIN_BYTES;
+        if !long && (self.bytes < Self::MANY || took.is_zero()) {
+            return None;
+        }
+        let micros = took.as_micros().max(1);
+        let rate = u128::from(self.bytes) * 1_000_000 / micros;
+        (self.since, self.bytes) = (Some(now), 0);
+        u64::try_from(rate).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const MS: Duration = Duration::from_millis(1);
+
+    /// Feeds `measured` with one stream of `rate` bytes per second in pieces of 64 KiB, for `time`.
+    fn stream(measured: &mut Measured, start: Instant, rate: u64, time: Duration) -> Instant {
+        let piece = 64 << 10;
+        let step = Duration::from_secs_f64(piece as f64 / rate as f64);
+        let mut now = start;
+        measured.meter.begin(now);
+        while now < start + time {
+            now += step;
+            measured.received(now, piece);
+        }
+        measured.meter.end();
+        now
+    }
+
+    #[test]
+    fn nothing_is_asked_early_before_anything_was_measured() {
+        let measured = Measured::default();
+        assert_eq!(measured.product(), 0);
+        assert_eq!(measured.bandwidth(), FIRST_BANDWIDTH);
+        assert_eq!(measured.early_limits(false), [u64::MAX, MIB, MIB, MIB]);
+    }
+
+    #[test]
+    fn estimates_follow_the_link_and_not_the_noise() {
+        let mut measured = Measured::default();
+        let mut now = Instant::now();
+        for i in 0..40u64 {
+            // Most answers are late, by very different times; one comes from a cache on the way.
+            let late = if i % 3 == 0 { i % 5 } else { 7 * i % 400 };
+            measured.latencies.add(if i == 37 { 300 } else { 20_000 + late * 1000 });
+            now = stream(&mut measured, now, 50 * MIB, 20 * MS);
+            // A reader that was busy finds everything at once; a source stutters.
+            measured.meter.begin(now);
+            measured.received(now, 300_000);
+            measured.received(now + 80 * MS, 300_000);
+            measured.meter.end();
+            now += 100 * MS;
+        }
+        let latency = measured.latency().unwrap();
+        assert!((20 * MS..26 * MS).contains(&latency), "{latency:?}");
+        let bandwidth = measured.bandwidth();
+        assert!((45 * MIB..56 * MIB).contains(&bandwidth), "{bandwidth}");
+        // The link becomes a slow one.
+        for _ in 0..16 {
+            measured.latencies.add(100_000);
+            now = stream(&mut measured, now, MIB, 500 * MS);
+        }
+        assert_eq!(measured.latency(), Some(100 * MS));
+        let product = measured.product();
+        assert!((90_000..120_000).contains(&product), "{product}");
+    }
+
+    #[test]
+    fn a_source_of_this_host_is_never_asked_early() {
+        let mut measured = Measured::default();
+        for _ in 0..4 {
+            measured.latencies.add(200);
+        }
+        stream(&mut measured, Instant::now(), 2 << 30, 100 * MS);
+        assert_eq!(measured.product(), 0);
+    }
+
+    #[test]
+    fn small_answers_measure_no_bandwidth() {
+        let mut measured = Measured::default();
+        let now = Instant::now();
+        for i in 0..100u32 {
+            measured.meter.begin(now + i * 20 * MS);
+            measured.received(now + i * 20 * MS, 5000);
+            measured.meter.end();
+        }
+        assert_eq!(measured.bandwidth(), FIRST_BANDWIDTH);
+    }
+
+    #[test]
+    fn early_bytes_are_bounded_by_what_the_link_carries() {
+        let mut measured = Measured::default();
+        measured.latencies.add(20_000);
+        for _ in 0..16 {
+            measured.bandwidths.add(100 * MIB);
+        }
+        assert_eq!(measured.product(), 2 * MIB);
+        // (demand, limits)
+        let low = 4 * MIB;
+        let cases = [(false, [u64::MAX, low, low, low]), (true, [u64::MAX, low, low, MIB])];
+        for (demand, want) in cases {
+            assert_eq!(measured.early_limits(demand), want, "{demand}");
+        }
+        measured.latencies = Samples::default();
+        measured.latencies.add(2_000_000);
+        assert_eq!(measured.early_limits(true)[1], 16 * MIB);
+    }
+
+    #[test]
+    fn demand_is_expected_for_a_while_after_it_was_there() {
+        let link = Arc::new(Link::new(Instant::now() - Duration::from_secs(1)));
+        link.answered(Duration::from_secs(5));
+        assert!(!link.expects_demand());
+        let mut demand = link.demand();
+        assert!(link.expects_demand() && !link.is_wanted());
+        demand.streams();
+        assert!(link.is_wanted());
+        drop(demand);
+        assert!(link.expects_demand() && !link.is_wanted());
+        link.last_demand_ms.store(1, Ordering::Relaxed);
+        link.measured().latencies = Samples::default();
+        link.answered(10 * MS);
+        assert!(!link.expects_demand());
+    }
+}
