@@ -2,6 +2,8 @@
 //!
 //! These tests need root and `/dev/fuse`.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
+
 mod daemon;
 mod support;
 
