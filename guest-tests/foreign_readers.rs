@@ -9,13 +9,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
-use build_support::erofs::{Mount, devices};
+use build_support::foreign::assert_erofs;
 use build_support::{
-    Built, Tree, assert_same, check, check_by_rafs_reader, create, describe, make_golden_tree,
-    part, read_image, run,
+    assert_same, check, check_by_rafs_reader, create, describe, make_golden_tree, read_image,
 };
 
 /// Options of the images that all readers are shown.
@@ -133,39 +131,6 @@ fn through_all_readers(dir: &Path) {
         if options.contains(&"sha256") {
             check_by_rafs_reader(&built, &want, dir);
         }
-        let devices = devices(&built, &out);
-        assert_same(&by_fsck(&built, &devices, &out), &no_xattrs(&want), &what("fsck.erofs"));
-        let mount = Mount::new(&built.bootstrap, &devices, out.join("mnt"));
-        assert_same(&describe(&mount.at), &want, &what("kernel"));
-        assert_links(&mount.at, &want);
-    }
-}
-
-/// What `fsck.erofs` extracts; it must have nothing to complain of.
-fn by_fsck(built: &Built, devices: &[PathBuf], out: &Path) -> Tree {
-    let to = out.join("extracted");
-    let mut fsck = Command::new(part("fsck_erofs"));
-    for device in devices {
-        fsck.arg(format!("--device={}", device.display()));
-    }
-    fsck.arg("--preserve").arg(format!("--extract={}", to.display()));
-    run(fsck.arg(&built.bootstrap));
-    no_xattrs(&describe(&to))
-}
-
-/// A tree without attributes: fsck.erofs 1.9 gives up a file's at the first with an empty value,
-/// and loses `security.capability` when it sets the owner afterwards.
-fn no_xattrs(tree: &Tree) -> Tree {
-    let mut tree = tree.clone();
-    tree.values_mut().for_each(|entry| entry.xattrs.clear());
-    tree
-}
-
-/// The link counts the kernel shows are those of the source, not those we counted.
-fn assert_links(root: &Path, want: &Tree) {
-    use std::os::unix::fs::MetadataExt;
-    for (path, entry) in want {
-        let meta = fs::symlink_metadata(root.join(OsStr::from_bytes(&path[1..]))).unwrap();
-        assert_eq!(meta.nlink(), entry.nlink, "links of {}", path.escape_ascii());
+        assert_erofs(&built, &want, &out, &options.join(" "));
     }
 }

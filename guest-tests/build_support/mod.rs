@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses another part of this")]
 
 pub mod erofs;
+pub mod foreign;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -12,7 +13,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use rafsd::rafs::id::{BlobIndex, ChunkIndex};
+use rafsd::rafs::id::ChunkIndex;
 use rafsd::rafs::{Bootstrap, FileKind};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -227,39 +228,47 @@ pub fn read_image(built: &Built) -> Tree {
     tree
 }
 
-/// The blob of an image and its chunk-info array, read by our own code.
+/// The blobs of an image and their chunk-info arrays, read by our own code.
 pub struct Content {
-    blob: Option<(rafsd::rafs::blob_table::BlobInfo, rafsd::rafs::ci::ChunkInfos, Vec<u8>)>,
-    digests: Option<rafsd::rafs::ChunkDigests>,
+    blobs: Vec<Blob>,
+}
+
+struct Blob {
+    info: rafsd::rafs::BlobInfo,
+    infos: rafsd::rafs::ci::ChunkInfos,
+    file: Vec<u8>,
+    digests: rafsd::rafs::ChunkDigests,
 }
 
 impl Content {
     pub fn open(image: &Bootstrap, blobs: &Path) -> Content {
-        use rafsd::rafs::layout::{CI_HEADER_SIZE, CiHeader};
+        use rafsd::rafs::layout::{BlobFeatures, CI_HEADER_SIZE, CiHeader};
         use zerocopy::FromBytes;
-        let [info] = image.blobs() else {
-            assert!(image.blobs().is_empty());
-            return Content { blob: None, digests: None };
+        let open = |info: &rafsd::rafs::BlobInfo| {
+            let file = fs::read(blobs.join(info.id.as_str())).unwrap();
+            assert_eq!(sha256_of(&file), info.id.as_str(), "a blob is named by its digest");
+            let at = usize::try_from(info.ci_offset).unwrap();
+            let end = at + usize::try_from(info.ci_compressed_size).unwrap();
+            let mut table = vec![0; usize::try_from(info.ci_uncompressed_size).unwrap()];
+            info.ci_compressor.decompress(&file[at..end], &mut table).unwrap();
+            let header_end = end + usize::try_from(CI_HEADER_SIZE).unwrap();
+            if !info.features.contains(BlobFeatures::HAS_TAR_HEADER) {
+                assert_eq!(file.len(), header_end, "the header ends the blob");
+            }
+            let header = CiHeader::read_from_bytes(&file[end..header_end]).unwrap();
+            let infos = rafsd::rafs::ci::ChunkInfos::parse(info, table, &header).unwrap();
+            let digests = image.chunk_digests(info.index).unwrap();
+            Blob { info: info.clone(), infos, file, digests }
         };
-        let file = fs::read(blobs.join(info.id.as_str())).unwrap();
-        assert_eq!(sha256_of(&file), info.id.as_str(), "a blob is named by its digest");
-        let at = usize::try_from(info.ci_offset).unwrap();
-        let end = at + usize::try_from(info.ci_compressed_size).unwrap();
-        let mut table = vec![0; usize::try_from(info.ci_uncompressed_size).unwrap()];
-        info.ci_compressor.decompress(&file[at..end], &mut table).unwrap();
-        assert_eq!(file.len() as u64, end as u64 + CI_HEADER_SIZE, "the header ends the blob");
-        let header = CiHeader::read_from_bytes(&file[end..]).unwrap();
-        let infos = rafsd::rafs::ci::ChunkInfos::parse(info, table, &header).unwrap();
-        let digests = image.chunk_digests(BlobIndex(0)).unwrap();
-        Content { blob: Some((info.clone(), infos, file)), digests: Some(digests) }
+        Content { blobs: image.blobs().iter().map(open).collect() }
     }
 
     /// The bytes of a file, every chunk checked against its digest.
     pub fn of(&self, inode: &rafsd::rafs::Inode<'_>) -> Vec<u8> {
         let mut bytes = Vec::new();
         for i in 0..inode.chunk_count() {
-            let (info, infos, file) = self.blob.as_ref().expect("a file with data needs a blob");
             let addr = inode.chunk(i).unwrap();
+            let Blob { info, infos, file, digests } = &self.blobs[usize::from(addr.device()) - 1];
             let index = ChunkIndex(addr.chunk_index());
             let chunk = infos.get(index).unwrap();
             assert_eq!(chunk.uncompressed_offset, u64::from(addr.start_block()) * 4096);
@@ -271,7 +280,7 @@ impl Content {
             } else {
                 info.compressor.decompress(stored, &mut plain).unwrap();
             }
-            let digest = self.digests.as_ref().unwrap().get(index).expect("in the chunk table");
+            let digest = digests.get(index).expect("in the chunk table");
             assert_eq!(info.digester.digest(&plain), *digest, "chunk {index:?}");
             bytes.extend_from_slice(&plain);
         }

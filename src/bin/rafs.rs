@@ -25,6 +25,8 @@ enum Command {
     Create(build::create::Args),
     Convert(Box<build::convert::cli::Args>),
     Merge(build::merge_cli::Args),
+    Unpack(build::unpack::Args),
+    Stat(build::stat::Args),
     Inspect(build::inspect::Args),
     Check(Box<build::check::Args>),
 }
@@ -37,6 +39,8 @@ fn main() -> ExitCode {
         Command::Create(args) => build::create::run(args),
         Command::Convert(args) => build::convert::cli::run(*args),
         Command::Merge(args) => build::merge_cli::run(args),
+        Command::Unpack(args) => build::unpack::run(args),
+        Command::Stat(args) => build::stat::run(args),
         Command::Inspect(args) => build::inspect::run(args),
         Command::Check(args) => build::check::run(*args),
     };

@@ -321,8 +321,15 @@ impl Draft {
         let mut names: BTreeMap<InodeId, super::tree::FileId> = BTreeMap::new();
         let root = NodeId::ROOT;
         self.add_node(&mut tree, &mut names, root, Box::default(), InodeId::ROOT, layer)?;
-        let mut to_enter = vec![(root, InodeId::ROOT)];
-        while let Some((node, id)) = to_enter.pop() {
+        let mut to_enter = vec![(root, InodeId::ROOT, 0)];
+        while let Some((node, id, depth)) = to_enter.pop() {
+            // Readers refuse what is deeper; links on the way may have led there.
+            if depth >= MAX_DEPTH {
+                return Err(BuildError::Unsupported {
+                    path: tree.path(node),
+                    reason: "too many directories deep".to_owned(),
+                });
+            }
             let Body::Dir(dir) = &mut self.inode_mut(id).body else { continue };
             let (children, opaque) = (std::mem::take(&mut dir.children), dir.opaque);
             let start = tree.next_id();
@@ -345,7 +352,7 @@ impl Draft {
             for (name, child) in children {
                 let added = self.add_node(&mut tree, &mut names, node, name, child, layer)?;
                 if self.is_dir(child) {
-                    dirs.push((added, child));
+                    dirs.push((added, child, depth + 1));
                 }
             }
             tree.nodes[node.index()].kind = Kind::Dir { children: start..tree.next_id() };

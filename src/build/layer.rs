@@ -16,7 +16,7 @@
 //! - about 250 bytes and the name and attributes for each entry (at most 2^24), 160 bytes for each
 //!   distinct chunk (at most 2^24), 8 bytes for each chunk of each file; chunks in holes are at most
 //!   2^24, however large a sparse file claims to be;
-//! - at the end, the bootstrap and its compressed form: about 150 bytes for each path.
+//! - at the end, the bootstrap and its compressed form: about 200 bytes for each path.
 
 use std::io::{Read, Write};
 
@@ -373,5 +373,186 @@ pub struct Loaded;
 impl Loader for Loaded {
     fn load(&mut self, _: &mut Run) -> Result<(), BuildError> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::merge::{self, Options};
+    use crate::build::prefetch::Patterns;
+    use crate::rafs::codec::{Compressor, Digester};
+    use proptest::prelude::*;
+    use std::io;
+
+    fn settings(threads: usize) -> Settings {
+        Settings {
+            compressor: Compressor::Zstd,
+            digester: Digester::Blake3,
+            chunk_size: 4096,
+            threads,
+        }
+    }
+
+    fn pack_bytes(tar: &[u8], threads: usize) -> Result<(PackedLayer, Vec<u8>), BuildError> {
+        let mut out = Vec::new();
+        let hidden = ProgressBar::hidden();
+        Ok((pack(tar, settings(threads), None, &mut out, &hidden)?, out))
+    }
+
+    /// A tar of some hundred files, long names, links, a sparse file and repeated content.
+    fn sample() -> Vec<u8> {
+        let mut tar = ::tar::Builder::new(Vec::new());
+        for i in 0..300_usize {
+            let mut header = ::tar::Header::new_gnu();
+            let body = vec![u8::try_from(i % 7).unwrap(); i * 100];
+            header.set_size(body.len() as u64);
+            header.set_mode(0o644);
+            let name = format!("{}/f{i}", "dir".repeat(i % 50 + 1));
+            tar.append_data(&mut header, name, &body[..]).unwrap();
+        }
+        let mut header = ::tar::Header::new_gnu();
+        header.set_entry_type(::tar::EntryType::Link);
+        header.set_size(0);
+        tar.append_link(&mut header, "link", "dir/f0").unwrap();
+        tar.into_inner().unwrap()
+    }
+
+    #[test]
+    fn the_number_of_threads_makes_no_difference() {
+        let tar = sample();
+        let (one, bytes) = pack_bytes(&tar, 1).unwrap();
+        assert_eq!(one.size, bytes.len() as u64);
+        assert_eq!(one.tar_size, tar.len() as u64);
+        for threads in [2, 3, 8] {
+            let (other, same) = pack_bytes(&tar, threads).unwrap();
+            assert!(bytes == same && one.bootstrap == other.bootstrap, "{threads} threads");
+        }
+        // Nor does how the tar was compressed.
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&tar).unwrap();
+        let (packed, same) = pack_bytes(&gzip.finish().unwrap(), 2).unwrap();
+        assert!(bytes == same && packed.diff_id == one.diff_id);
+        assert_eq!(packed.compression, Compression::Gzip);
+    }
+
+    #[test]
+    fn an_empty_layer_is_a_blob_without_chunks() {
+        for tar in [&b""[..], &[0; 1024]] {
+            let (packed, bytes) = pack_bytes(tar, 2).unwrap();
+            assert_eq!((packed.counts.paths, packed.meta.is_none()), (1, true));
+            let sections = crate::rafs::toc::PackedBlob::read(&bytes[..]).unwrap();
+            assert_eq!(sections.sections().len(), 1);
+            let layer = merge::Layer::from_bytes(packed.bootstrap, packed.id, "empty").unwrap();
+            let options = Options {
+                whiteouts: WhiteoutSpec::Oci,
+                prefetch: &Patterns::default(),
+                dictionary: None,
+            };
+            let merged = merge::merge(&[layer], &options).unwrap();
+            assert_eq!((merged.paths, merged.blobs.len()), (1, 0));
+        }
+    }
+
+    #[test]
+    fn a_dictionary_keeps_chunks_out_of_the_blob() {
+        let tar = sample();
+        let (first, _) = pack_bytes(&tar, 2).unwrap();
+        let bootstrap = crate::rafs::Bootstrap::from_bytes(first.bootstrap.clone()).unwrap();
+        let bootstrap = bootstrap.with_blob_id(first.id).unwrap();
+        let image = crate::build::load::Image::read(&bootstrap, "dictionary").unwrap();
+        let dictionary = Dictionary::new(&image);
+        let (mut out, hidden) = (Vec::new(), ProgressBar::hidden());
+        let second = pack(&tar[..], settings(2), Some(&dictionary), &mut out, &hidden).unwrap();
+        assert_eq!((second.counts.stored_chunks, second.meta.is_none()), (0, true));
+        let own = crate::rafs::Bootstrap::from_bytes(second.bootstrap).unwrap();
+        let ids: Vec<_> = own.blobs().iter().map(|blob| blob.id).collect();
+        assert_eq!(ids, [first.id], "the blob of the dictionary is the only one");
+    }
+
+    #[test]
+    fn a_stream_or_an_output_that_fails_ends_the_layer() {
+        struct Fails(usize);
+        impl Read for Fails {
+            fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+                if self.0 == 0 {
+                    return Err(io::Error::other("the network is down"));
+                }
+                let n = buf.len().min(self.0);
+                self.0 -= n;
+                buf[..n].fill(0);
+                Ok(n)
+            }
+        }
+        impl Write for Fails {
+            fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+                self.0 = self.0.checked_sub(buf.len()).ok_or(io::ErrorKind::StorageFull)?;
+                Ok(buf.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let hidden = ProgressBar::hidden();
+        let head = sample()[..5000].to_vec();
+        let reader = head.chain(Fails(0));
+        let error = pack(reader, settings(2), None, io::sink(), &hidden).unwrap_err();
+        assert!(matches!(error, BuildError::ReadLayer { .. }), "{error}");
+        for room in [0, 1000, 20_000] {
+            let error = pack(&sample()[..], settings(2), None, Fails(room), &hidden).unwrap_err();
+            assert!(matches!(error, BuildError::WriteBlob { .. }), "{room} bytes: {error}");
+        }
+    }
+
+    #[test]
+    fn a_small_stream_cannot_claim_much() {
+        let mut header = ::tar::Header::new_gnu();
+        header.as_old_mut().name[..1].copy_from_slice(b"s");
+        header.as_old_mut().linkflag[0] = b'S';
+        header.set_size(0);
+        header.as_gnu_mut().unwrap().set_real_size(1 << 40);
+        header.set_cksum();
+        let error = pack_bytes(header.as_bytes(), 2).unwrap_err().to_string();
+        assert!(error.contains("holes"), "{error}");
+    }
+
+    trait Chained {
+        fn chain<R: Read>(self, next: R) -> impl Read;
+    }
+
+    impl Chained for Vec<u8> {
+        fn chain<R: Read>(self, next: R) -> impl Read {
+            Read::chain(io::Cursor::new(self), next)
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_stream_is_a_layer_or_an_error(
+            flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            cut in proptest::option::of(any::<prop::sample::Index>()),
+            gzip in any::<bool>(),
+        ) {
+            let mut bytes = sample()[..60 << 10].to_vec();
+            if gzip {
+                let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                out.write_all(&bytes).unwrap();
+                bytes = out.finish().unwrap();
+            }
+            for (at, value) in flips {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            if let Ok((packed, _)) = pack_bytes(&bytes, 2) {
+                let image = crate::rafs::Bootstrap::from_bytes(packed.bootstrap).unwrap();
+                for item in image.walk() {
+                    item.unwrap();
+                }
+            }
+        }
     }
 }

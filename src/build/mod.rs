@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blob_file;
+pub mod blob_reader;
 pub mod check;
 pub mod chunker;
 pub mod compose;
@@ -38,8 +39,10 @@ pub mod place;
 pub mod prefetch;
 pub mod scan;
 pub mod source;
+pub mod stat;
 pub mod tar;
 pub mod tree;
+pub mod unpack;
 pub mod used;
 pub mod whiteout;
 pub mod write;

@@ -4,13 +4,14 @@
 //! their order in the layer; then its other entries. A directory over a directory keeps what is in
 //! the lower one; everything else takes the place of what was there. A directory that a layer needs
 //! but does not list changes nothing of a lower one; over a symbolic link it means the directory that
-//! the link leads to, as it does for programs that unpack layers.
+//! the link leads to, as it does for programs that unpack layers; if there is nothing and it holds only
+//! marks, nothing comes of it.
 //!
 //! A hard link to a path that its layer did not hold at that point names the file that the lower
 //! layers have there, removals of this layer not considered; if there is none, the file of this layer
 //! that came later.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use super::draft::{Body, Draft, Inode, InodeId};
@@ -44,7 +45,34 @@ pub fn apply(lower: &mut Draft, upper: Draft, spec: WhiteoutSpec) -> Result<(), 
         };
         links.insert(shifted(link), target);
     }
-    Merge { draft: lower, spec, links }.run(shifted(InodeId::ROOT))
+    let root = shifted(InodeId::ROOT);
+    let nothing = only_marks(lower, root, spec);
+    Merge { draft: lower, spec, links, nothing }.run(root)
+}
+
+/// Directories that a layer has no entry for, and nothing below them but marks: they make nothing.
+fn only_marks(draft: &Draft, root: InodeId, spec: WhiteoutSpec) -> HashSet<InodeId> {
+    let mut dirs = vec![root];
+    let mut next = 0;
+    while let Some(&dir) = dirs.get(next) {
+        next += 1;
+        let children = draft.dir(dir).children.values().copied();
+        dirs.extend(children.filter(|&id| draft.is_dir(id)));
+    }
+    let mut nothing = HashSet::new();
+    // Those below come behind those above.
+    for &id in dirs.iter().rev() {
+        let dir = draft.dir(id);
+        let is_nothing = dir.implied
+            && !dir.opaque
+            && dir.children.iter().all(|(name, child)| {
+                nothing.contains(child) || spec.mark(name, draft.inode(*child)).is_some()
+            });
+        if is_nothing {
+            nothing.insert(id);
+        }
+    }
+    nothing
 }
 
 /// Where a hard link that came too early leads.
@@ -102,6 +130,8 @@ struct Merge<'d> {
     spec: WhiteoutSpec,
     /// What names of open hard links lead to.
     links: HashMap<InodeId, InodeId>,
+    /// Directories of the layer that make nothing where nothing is.
+    nothing: HashSet<InodeId>,
 }
 
 /// A directory with those it is in.
@@ -205,6 +235,7 @@ impl Merge<'_> {
                     }
                     todo.push((to.expect("the root is on every path"), id));
                 }
+                _ if self.nothing.contains(&id) => {}
                 _ => {
                     self.draft.dir_mut(lower).children.insert(name, id);
                     todo.push((Above::new(id, Some(at.clone())), id));
@@ -224,3 +255,6 @@ impl Draft {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -35,6 +35,14 @@ pub struct DirEntry<'a> {
     pub next_cookie: u64,
 }
 
+impl DirEntry<'_> {
+    /// Number of the block that holds the entry.
+    pub fn block(&self) -> u64 {
+        // Counted up behind the entry, within its block.
+        (self.next_cookie - 1) >> ENTRY_BITS
+    }
+}
+
 /// What [`Dir::entries_from`] iterates over. Ends behind the first error.
 #[derive(Debug)]
 pub struct Entries<'a> {

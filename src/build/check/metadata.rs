@@ -7,7 +7,7 @@ use super::tables::{self, ChunkTables};
 use super::{place, progress};
 use crate::build::image_file::printable;
 use crate::rafs::id::{ChunkIndex, Nid};
-use crate::rafs::layout::{BLOCK_SIZE, ImageFlags};
+use crate::rafs::layout::{BLOCK_SIZE, Dirent, ImageFlags};
 use crate::rafs::{Bootstrap, FileKind, Inode, WalkItem};
 
 /// What link counts are compared with.
@@ -48,6 +48,9 @@ fn tree(image: &Bootstrap, tables: &ChunkTables<'_>, findings: &mut Findings) {
         let inode = &item.inode;
         above.truncate(item.depth);
         if inode.kind() == FileKind::Directory {
+            if let Some(what) = spare_bytes(inode) {
+                findings.problem(printable(&item.path()), what);
+            }
             if let Some(parent) = above.last().and_then(|nid| links.get_mut(nid)) {
                 parent.found += 1;
             }
@@ -106,6 +109,23 @@ fn tree(image: &Bootstrap, tables: &ChunkTables<'_>, findings: &mut Findings) {
     for nid in image.prefetch_nids().filter(|nid| !known.contains(nid)) {
         findings.problem("prefetch table", format_args!("nid {} is not in the tree", nid.0));
     }
+}
+
+/// Says so if the data of a directory goes on behind its last name. Entries that cannot be read are
+/// reported by the walk.
+fn spare_bytes(inode: &Inode<'_>) -> Option<String> {
+    let (mut block, mut used) = (u64::MAX, 0);
+    for entry in inode.dir().ok()?.entries_from(0).ok()? {
+        let entry = entry.ok()?;
+        if entry.block() != block {
+            (block, used) = (entry.block(), 0);
+        }
+        used += size_of::<Dirent>() + entry.name.len();
+    }
+    let want = block.checked_mul(BLOCK_SIZE)? + used as u64;
+    let full = inode.size().is_multiple_of(BLOCK_SIZE) && inode.size() >= want;
+    (inode.size() != want && !full)
+        .then(|| format!("directory of {} bytes, its entries end at {want}", inode.size()))
 }
 
 /// Checks what an inode has besides its name and attributes; true if it has extended attributes.

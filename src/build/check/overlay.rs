@@ -7,18 +7,19 @@
 //!   layer has, wherever in it the mark stands. Marks are not seen in the result.
 //! - A path of an upper layer replaces that of a lower one, attributes and all. If both are
 //!   directories their children are merged, else what was below is gone.
-//! - Of a path given twice in a layer the later one counts.
+//! - Of a path given twice in a layer the later one counts. A directory in place of a file that its own
+//!   layer had hides what is below as the file did.
 //! - A hard link joins the file that its target names when it comes: in the same layer before it,
 //!   else in the layers below, as they were before this layer; if there is none, in the same layer
 //!   behind it. So do programs that unpack layers one entry after the other.
-//! - A directory that only its children imply is left as it is; a symbolic link in its place is
+//! - A directory that only its children or marks in it imply is left as it is; a symbolic link in its place is
 //!   followed, within the root; a new one has mode 0755, owner 0:0 and time 0. The same goes for the
 //!   root.
 //!
 //! Memory: for each path of the result and of one layer its bytes, about 150 more, its extended
 //! attributes, and 32 bytes for each chunk of content. Content itself is hashed as it comes.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::ops::Bound;
 use std::sync::Arc;
@@ -87,9 +88,10 @@ pub(super) struct Cut {
 /// What one layer says.
 #[derive(Debug, Default)]
 pub(super) struct Layer {
-    named: BTreeMap<Key, Named>,
-    whiteouts: BTreeSet<Key>,
-    opaque: BTreeSet<Key>,
+    /// With the number of the entry, as entries are put in place in their order.
+    named: BTreeMap<Key, (u64, Named)>,
+    whiteouts: BTreeMap<Key, ()>,
+    opaque: BTreeMap<Key, ()>,
     /// Entries of the tar.
     pub entries: u64,
     /// Bytes of all files.
@@ -315,12 +317,14 @@ impl Layer {
         }
         let dir = parent(&key).unwrap_or_default();
         if name(&key) == b".wh..wh..opq" {
-            self.opaque.insert(dir.into());
+            self.make_way(&key);
+            self.opaque.insert(dir.into(), ());
             return Ok(());
         }
         if let Some(hidden) = name(&key).strip_prefix(b".wh.") {
             let gone = if dir.is_empty() { hidden.to_vec() } else { [dir, &[0], hidden].concat() };
-            self.whiteouts.insert(gone.into());
+            self.make_way(&key);
+            self.whiteouts.insert(gone.into(), ());
             return Ok(());
         }
         if key.is_empty() && entry.kind != EntryKind::Dir {
@@ -356,7 +360,9 @@ impl Layer {
                     };
                 }
                 let named = match self.named.get(&target) {
-                    Some(Named::File(file)) => Named::File(not_a_directory(file, &key, &target)?),
+                    Some((_, Named::File(file))) => {
+                        Named::File(not_a_directory(file, &key, &target)?)
+                    }
                     _ => Named::Link(target),
                 };
                 self.insert(key, named);
@@ -370,7 +376,7 @@ impl Layer {
     /// Follows the symbolic links that this layer has had so far.
     fn follow(&self, key: &Key) -> Result<Key, LayerError> {
         follow(key, |key| match self.named.get(key) {
-            Some(Named::File(file)) => Some(file),
+            Some((_, Named::File(file))) => Some(file),
             _ => None,
         })
     }
@@ -378,23 +384,36 @@ impl Layer {
     fn insert(&mut self, key: Key, named: Named) {
         if !named.is_dir() {
             remove_below(&mut self.named, &key);
+            remove_below(&mut self.whiteouts, &key);
+            remove_below(&mut self.opaque, &key);
+            self.opaque.remove(&key);
         }
-        // What was a file on the way has become a directory.
-        let mut above = parent(&key);
+        let was_a_file = self.named.get(&key).is_some_and(|(_, named)| !named.is_dir());
+        if named.is_dir() && was_a_file {
+            self.whiteouts.insert(key.clone(), ());
+        }
+        self.make_way(&key);
+        self.named.insert(key, (self.entries, named));
+    }
+
+    /// What was a file on the way to `key` becomes a directory. The file has hidden all that lower
+    /// layers have there, and the directory does not show it again.
+    fn make_way(&mut self, key: &[u8]) {
+        let mut above = parent(key);
         while let Some(dir) = above {
-            if self.named.get(dir).is_some_and(|named| !named.is_dir()) {
+            if self.named.get(dir).is_some_and(|(_, named)| !named.is_dir()) {
                 self.named.remove(dir);
+                self.whiteouts.insert(dir.into(), ());
             }
             above = parent(dir);
         }
-        self.named.insert(key, named);
     }
 
     /// Follows the symbolic links of this layer and of `lower`.
     fn follow_in(&self, key: &Key, lower: &Overlay) -> Result<Key, LayerError> {
         follow(key, |key| match self.named.get(key) {
-            Some(Named::File(file)) => Some(file),
-            Some(Named::Link(_)) => None,
+            Some((_, Named::File(file))) => Some(file),
+            Some((_, Named::Link(_))) => None,
             None => lower.files.get(key),
         })
     }
@@ -410,8 +429,8 @@ impl Layer {
                 return not_a_directory(file, path, target);
             }
             match self.named.get(&at) {
-                Some(Named::File(file)) => return not_a_directory(file, path, target),
-                Some(Named::Link(next)) => at = next.clone(),
+                Some((_, Named::File(file))) => return not_a_directory(file, path, target),
+                Some((_, Named::Link(next))) => at = next.clone(),
                 None => return Err(dead()),
             }
         }
@@ -435,8 +454,10 @@ impl Named {
 impl Overlay {
     /// Puts `layer` on top.
     pub(super) fn apply(&mut self, layer: Layer) -> Result<(), LayerError> {
+        let mut named: Vec<_> = layer.named.iter().collect();
+        named.sort_unstable_by_key(|(_, (number, _))| *number);
         let mut links = Vec::new();
-        for (path, named) in &layer.named {
+        for (path, (_, named)) in &named {
             if let Named::Link(target) = named {
                 links.push(layer.resolve(path, target, self)?);
             }
@@ -444,14 +465,14 @@ impl Overlay {
         let mut links = links.into_iter();
         // Where marks are is found out before any of them removes something.
         let follow = |key: &Key| layer.follow_in(key, self);
-        let whiteouts = layer.whiteouts.iter().map(follow).collect::<Result<Vec<_>, _>>()?;
+        let whiteouts = layer.whiteouts.keys().map(follow).collect::<Result<Vec<_>, _>>()?;
         let mark = |dir: &Key| {
             // As an entry of the directory, so that this is followed, too.
             let inside = if dir.is_empty() { b"_".to_vec() } else { [dir, &b"\0_"[..]].concat() };
             let inside = layer.follow_in(&inside.into(), self)?;
             Ok::<Key, LayerError>(parent(&inside).unwrap_or_default().into())
         };
-        let opaque = layer.opaque.iter().map(mark).collect::<Result<Vec<_>, _>>()?;
+        let opaque = layer.opaque.keys().map(mark).collect::<Result<Vec<_>, _>>()?;
         for gone in &whiteouts {
             self.files.remove(gone);
             remove_below(&mut self.files, gone);
@@ -459,7 +480,14 @@ impl Overlay {
         for dir in &opaque {
             remove_below(&mut self.files, dir);
         }
-        for (key, named) in &layer.named {
+        // A mark needs the directory that it stands in, as every entry does.
+        for gone in &whiteouts {
+            self.imply(parent(gone));
+        }
+        for dir in &opaque {
+            self.imply(Some(dir));
+        }
+        for (key, (_, named)) in named {
             let file = match named {
                 Named::File(file) => file.clone(),
                 Named::Link(_) => links.next().expect("each link was resolved above, in order"),

@@ -463,4 +463,6 @@ fn target_blobs<'a>(
 }
 
 #[cfg(test)]
+mod flips;
+#[cfg(test)]
 mod tests;

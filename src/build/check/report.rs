@@ -447,3 +447,100 @@ pub(super) fn counted(count: u64, what: &str) -> String {
     let plural = if count == 1 { "" } else { "s" };
     format!("{count} {what}{plural}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let mut report = Report::new("oci:a:1".into(), "oci:b:2".into(), 3);
+        report.begin_image(Some("linux/arm64".into()));
+        let fs = Rule::FileSystem;
+        report.difference(fs, b"/etc/motd".to_vec(), "mode", "0644", "0600");
+        report.difference(
+            fs,
+            b"/a\n\xff".to_vec(),
+            "target",
+            Value::Bytes(b"x\xfe".to_vec()),
+            Value::Absent,
+        );
+        report.difference(fs, "/big", "content", "blake3:00", "blake3:01");
+        report.detail(fs, "chunk 1 of 7".into());
+        report.difference(fs, "/one/too/many", "uid", "0", "1");
+        report.detail(fs, "of nothing that is kept".into());
+        report.not_told(fs, "a reason");
+        report.not_told(fs, "a reason");
+        report.begin_image(None);
+        report.compare(Rule::Bootstrap, "super block", "paths", "3", "3");
+        report.not_told(Rule::Bootstrap, "unreachable");
+        report.counts =
+            Counts { paths: 4, source_layers: 1, source_bytes: 2048, ..Counts::default() };
+        report
+    }
+
+    #[test]
+    fn the_table() {
+        let mut out = Vec::new();
+        report().print_table(&mut out).unwrap();
+        let want = r#"source  oci:a:1
+target  oci:b:2
+
+manifest      same
+bootstrap     could not tell
+file system   different, 4 differences
+
+bootstrap:
+  could not tell: unreachable
+
+file system:
+  PLATFORM     PATH       FIELD                   SOURCE     TARGET
+  linux/arm64  /etc/motd  mode                    0644       0600
+  linux/arm64  /a\n\xff   target                  "x\xfe"    absent
+  linux/arm64  /big       content (chunk 1 of 7)  blake3:00  blake3:01
+  and 1 other, see --max-problems
+  could not tell: linux/arm64: a reason
+
+different: 4 paths in 1 layer (2.00 KiB), 0 chunks in 0 blobs (0 B)
+"#;
+        assert_eq!(String::from_utf8(out).unwrap(), want);
+    }
+
+    #[test]
+    fn the_json() {
+        let mut out = Vec::new();
+        report().print_json(&mut out).unwrap();
+        let got: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        let want = serde_json::json!({
+            "schema": 1, "source": "oci:a:1", "target": "oci:b:2", "result": "different",
+            "rules": [
+                {"rule": "manifest", "result": "same", "difference_count": 0, "differences": [], "not_told": []},
+                {"rule": "bootstrap", "result": "could not tell", "difference_count": 0, "differences": [],
+                 "not_told": ["unreachable"]},
+                {"rule": "file system", "result": "different", "difference_count": 4, "differences": [
+                    {"platform": "linux/arm64", "path": "/etc/motd", "field": "mode", "source": "0644", "target": "0600"},
+                    {"platform": "linux/arm64", "path_b64": "L2EK/w==", "field": "target", "source_b64": "eP4=",
+                     "target": null},
+                    {"platform": "linux/arm64", "path": "/big", "field": "content", "detail": "chunk 1 of 7",
+                     "source": "blake3:00", "target": "blake3:01"},
+                ], "not_told": ["linux/arm64: a reason"]},
+            ],
+            "counts": {"images": 0, "paths": 4, "source_layers": 1, "source_bytes": 2048, "content_bytes": 0,
+                       "target_blobs": 0, "target_bytes": 0, "chunks": 0},
+        });
+        assert_eq!(got, want);
+        // The order of fields is that of the documentation.
+        assert!(out.starts_with(b"{\n  \"schema\": 1,\n  \"source\""));
+    }
+
+    #[test]
+    fn the_worst_outcome_is_the_exit_code() {
+        let mut report = Report::new(String::new(), String::new(), 0);
+        report.not_applicable(Rule::Manifest);
+        assert_eq!(report.outcome().exit_code(), 0);
+        report.not_told(Rule::Bootstrap, "why");
+        assert_eq!(report.outcome().exit_code(), 2);
+        report.difference(Rule::FileSystem, "/", "mode", "1", "2");
+        assert_eq!(report.outcome().exit_code(), 1);
+        assert_eq!(report.rule_outcome(Rule::Manifest), Outcome::NotApplicable);
+    }
+}

@@ -47,7 +47,14 @@ pub(super) fn check<'a>(
 
 /// What the super blocks and the device table say about all blobs together.
 fn super_block(image: &Bootstrap, findings: &mut Findings) {
-    let (Ok((sb, _)), Ok(slots)) = (image.super_blocks(), image.device_slots()) else { return };
+    let (Ok((sb, ext)), Ok(slots)) = (image.super_blocks(), image.device_slots()) else { return };
+    // Old images say that there is none by the offset alone.
+    let listed = image.prefetch_nids().count() as u64;
+    let room = u64::from(ext.prefetch_table_size.get()) / 4;
+    if ext.prefetch_table_offset.get() != 0 && listed != room {
+        let what = format_args!("has room for {room} nids, a zero ends it after {listed}");
+        findings.mismatch("prefetch table", "nids", room, listed, what);
+    }
     let blocks: u64 = slots.iter().map(|slot| u64::from(slot.blocks.get())).sum();
     let found = u64::from(sb.blocks.get());
     if !slots.is_empty() && blocks != found {

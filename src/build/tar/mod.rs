@@ -30,6 +30,8 @@ const BLOCK: usize = 512;
 const BLOCK_LEN: u64 = BLOCK as u64;
 /// Most bytes of the extension headers of one entry.
 const EXTENSIONS_MAX: u64 = 1 << 20;
+/// Most bytes of the global headers of a stream.
+const GLOBAL_MAX: u64 = 1 << 20;
 
 /// What one header of the stream says, dialects resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +99,10 @@ pub struct TarReader<R> {
     /// Bytes of the current file from its start, and its size.
     position: u64,
     size: u64,
+    /// What records of global headers say of all entries behind them.
+    global: Pax,
+    /// Bytes of them.
+    global_len: u64,
     /// PAX keys that were ignored and named in the log.
     ignored: HashSet<Vec<u8>>,
 }
@@ -111,6 +117,8 @@ impl<R: Read> TarReader<R> {
             segments: Vec::new(),
             position: 0,
             size: 0,
+            global: Pax::default(),
+            global_len: 0,
             ignored: HashSet::new(),
         }
     }
@@ -165,9 +173,16 @@ impl<R: Read> TarReader<R> {
                 match kind {
                     b'L' => long_name = Some(until_nul(body)),
                     b'K' => long_link = Some(until_nul(body)),
-                    // Docker and containerd give no meaning to global records, which apply to all
-                    // entries behind them; in practice they hold the comment of git-archive.
-                    b'g' => self.ignore(&b"global records"[..]),
+                    b'g' => {
+                        let records = Pax::parse(&body).map_err(|reason| invalid(at, reason))?;
+                        // They are not bounded in number, so what they say is.
+                        self.global_len += size;
+                        if self.global_len > GLOBAL_MAX {
+                            let reason = format!("global headers of more than {GLOBAL_MAX} bytes");
+                            return Err(invalid(at, reason));
+                        }
+                        self.global.merge(records);
+                    }
                     _ => {
                         let records = Pax::parse(&body).map_err(|reason| invalid(at, reason))?;
                         pax.get_or_insert_default().merge(records);
@@ -179,7 +194,9 @@ impl<R: Read> TarReader<R> {
             if kind == b'V' {
                 continue;
             }
-            return self.entry(at, header, pax.unwrap_or_default(), long_name, long_link).map(Some);
+            let mut all = self.global.clone();
+            all.merge(pax.unwrap_or_default());
+            return self.entry(at, header, all, long_name, long_link).map(Some);
         }
     }
 

@@ -5,7 +5,7 @@
 use super::sparse::Map;
 
 /// What the records in front of an entry say. Of two records of one key the later one counts.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Pax {
     pub path: Option<Vec<u8>>,
     pub linkpath: Option<Vec<u8>>,
@@ -22,7 +22,7 @@ pub struct Pax {
 }
 
 /// The records `GNU.sparse.*`.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Sparse {
     /// Major and minor; formats 0.0 and 0.1 do not say theirs.
     pub version: (u64, u64),

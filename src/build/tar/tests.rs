@@ -117,6 +117,23 @@ fn pax_records_replace_the_fields() {
 }
 
 #[test]
+fn global_records_are_of_all_entries_behind_them() {
+    let mut global = pax(&[("uid", b"7"), ("SCHILY.xattr.user.g", b"1"), ("comment", b"c")]);
+    global[156] = b'g';
+    let mut header = ::tar::Header::from_byte_slice(&global[..512]).clone();
+    header.set_cksum();
+    global[..512].copy_from_slice(header.as_bytes());
+    let bytes =
+        [file("a", b""), global.clone(), pax(&[("uid", b"8")]), file("b", b""), file("c", b"")]
+            .concat();
+    let found: Vec<_> =
+        read(&bytes).unwrap().into_iter().map(|(e, _)| (e.uid, e.xattrs.len())).collect();
+    assert_eq!(found, [(1000, 0), (8, 1), (7, 1)]);
+    let many = [global, file("a", b"")].concat().repeat(30_000);
+    assert!(read(&many).unwrap_err().to_string().contains("global headers"));
+}
+
+#[test]
 fn gnu_long_names_and_links() {
     let (long, target) = ("n".repeat(200) + "/x", "t".repeat(300));
     let bytes = [

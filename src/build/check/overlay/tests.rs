@@ -162,6 +162,34 @@ fn layers_on_top_of_each_other() {
         &[root, "/a file 2", "/b file B", "/e dir 755", "/e/f file F"],
     );
     expect(
+        "a directory in place of a file of its own layer shows nothing from below",
+        &[&lower, &[I::file("d", b"1"), I::dir("d"), I::file("f", b"2"), I::file("f/x", b"3")]],
+        &[root, "/d dir 755", "/f dir 755", "/f/x file 3"],
+    );
+    expect(
+        "marks in a directory that becomes something else are forgotten",
+        &[
+            &[I::file("b/x", b"X")],
+            &[
+                I::file("a/.wh.x", b""),
+                I::file("c/.wh..wh..opq", b""),
+                I::symlink("a", "b"),
+                I::symlink("c", "b"),
+            ],
+        ],
+        &[root, "/a -> b", "/b dir 755", "/b/x file X", "/c -> b"],
+    );
+    expect(
+        "entries take their places in their order",
+        &[&[I::symlink("d", "c")], &[I::file("c/b", b"1"), I::dir("d/b/a"), I::file("c/b", b"2")]],
+        &[root, "/c dir 755", "/c/b file 2", "/d -> c"],
+    );
+    expect(
+        "marks imply the directories that they stand in",
+        &[&[I::file("a/.wh.x", b""), I::file("b/c/.wh..wh..opq", b"")]],
+        &[root, "/a dir 755", "/b dir 755", "/b/c dir 755"],
+    );
+    expect(
         "paths in every spelling",
         &[&[
             I::file("/abs", b"1"),

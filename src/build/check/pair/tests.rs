@@ -3,7 +3,7 @@ use super::super::test_tar::Item;
 use super::super::testing::{Store, lower_and_upper, tarable};
 use super::*;
 
-fn args(store: &Store) -> Args {
+pub(super) fn args(store: &Store) -> Args {
     Args {
         source: Source::Image(store.reference("source")),
         target: Target::Image(store.reference("target")),
