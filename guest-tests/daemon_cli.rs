@@ -43,7 +43,7 @@ fn exit_codes_tell_usage_from_failure() {
         ("--print-capabilities".into(), 0, ""),
         ("virtiofs".into(), 2, "--sock"),
         ("virtiofs --frobnicate".into(), 2, "--frobnicate"),
-        ("fuse --mountpoint /mnt".into(), 2, "`fuse` is not in this build"),
+        ("fuse --apisock A".into(), 2, "`--mountpoint DIR` is required"),
         ("virtiofs --sock S --bootstrap no-such-file".into(), 1, "no-such-file"),
         ("virtiofs --sock S --bootstrap not-an-image".into(), 1, "not-an-image"),
         (format!("--sock S {image} --config no-such-config"), 1, "no-such-config"),

@@ -112,7 +112,7 @@ impl Seen {
 struct State {
     blobs: PathBuf,
     settings: Mutex<Settings>,
-    seen: Mutex<Vec<Seen>>,
+    seen: Mutex<Vec<Arc<Mutex<Seen>>>>,
     connections: Mutex<HashMap<u64, TcpStream>>,
     /// When the line is free again, if it has a bandwidth.
     line: Mutex<Instant>,
@@ -245,9 +245,10 @@ impl FaultRegistry {
         settings.bytes_per_second = bytes_per_second;
     }
 
-    /// All requests so far that were answered or given up.
+    /// All requests so far. What was sent is counted before it is.
     pub fn seen(&self) -> Vec<Seen> {
-        self.state.seen.lock().expect("no panic under this lock").clone()
+        let seen = self.state.seen.lock().expect("no panic under this lock");
+        seen.iter().map(|seen| seen.lock().expect("no panic under this lock").clone()).collect()
     }
 
     /// Requests for bytes of blobs, and bytes sent for them.
@@ -373,7 +374,7 @@ impl Connection<'_> {
     fn run(&mut self) -> io::Result<()> {
         while let Some(request) = self.request()? {
             let at = Instant::now();
-            let mut seen = Seen {
+            let seen = Arc::new(Mutex::new(Seen {
                 at,
                 range: request.headers.get("range").and_then(|text| parse_range(text)),
                 method: request.method.clone(),
@@ -381,10 +382,9 @@ impl Connection<'_> {
                 headers: request.headers.clone(),
                 status: 0,
                 sent: 0,
-            };
-            let result = self.respond(&request, &mut seen);
-            self.state.seen.lock().expect("no panic under this lock").push(seen);
-            result?;
+            }));
+            self.state.seen.lock().expect("no panic under this lock").push(seen.clone());
+            self.respond(&request, &seen)?;
         }
         Ok(())
     }
@@ -412,19 +412,19 @@ impl Connection<'_> {
         Ok(Some(Request { method, target, headers }))
     }
 
-    fn respond(&mut self, request: &Request, seen: &mut Seen) -> io::Result<()> {
+    fn respond(&mut self, request: &Request, seen: &Mutex<Seen>) -> io::Result<()> {
         let path = path_of(&request.target);
         let latency = self.state.settings().latency;
         thread::sleep(latency);
         if path == "/token" {
             let fault = self.state.settings().token_fault;
-            return match self.broken(fault, seen)? {
+            return match self.broken(fault, request)? {
                 Some(answer) => self.send(request, answer, Fault::None, seen),
                 None => self.send(request, self.token(request), Fault::None, seen),
             };
         }
         let fault = self.next_fault();
-        if let Some(answer) = self.broken(fault, seen)? {
+        if let Some(answer) = self.broken(fault, request)? {
             return self.send(request, answer, Fault::None, seen);
         }
         let answer = match blob_id(path) {
@@ -449,7 +449,7 @@ impl Connection<'_> {
     }
 
     /// Faults in place of an answer, whatever was asked.
-    fn broken(&mut self, fault: Fault, seen: &mut Seen) -> io::Result<Option<Answer>> {
+    fn broken(&mut self, fault: Fault, request: &Request) -> io::Result<Option<Answer>> {
         Ok(match fault {
             Fault::Hang => {
                 self.hang()?;
@@ -468,7 +468,7 @@ impl Connection<'_> {
                 Answer::text(status, "on command\n").header("Retry-After", seconds.to_string()),
             ),
             Fault::RedirectLoop => {
-                Some(Answer::text(307, "").header("Location", seen.target.clone()))
+                Some(Answer::text(307, "").header("Location", request.target.clone()))
             }
             _ => None,
         })
@@ -628,9 +628,10 @@ impl Connection<'_> {
         request: &Request,
         answer: Answer,
         fault: Fault,
-        seen: &mut Seen,
+        seen: &Mutex<Seen>,
     ) -> io::Result<()> {
-        seen.status = answer.status;
+        let note = |change: &dyn Fn(&mut Seen)| change(&mut seen.lock().expect("no panic"));
+        note(&|seen| seen.status = answer.status);
         let len = match &answer.body {
             Body::Text(text) => text.len() as u64,
             Body::File { range, .. } => range.end - range.start,
@@ -646,9 +647,8 @@ impl Connection<'_> {
         }
         match answer.body {
             Body::Text(text) => {
-                self.stream.write_all(text.as_bytes())?;
-                seen.sent = len;
-                Ok(())
+                note(&|seen| seen.sent = len);
+                self.stream.write_all(text.as_bytes())
             }
             Body::File { file, range, wrong } => self.send_file(&file, range, wrong, fault, seen),
         }
@@ -660,7 +660,7 @@ impl Connection<'_> {
         range: Range<u64>,
         wrong: bool,
         fault: Fault,
-        seen: &mut Seen,
+        seen: &Mutex<Seen>,
     ) -> io::Result<()> {
         let stop_at = match fault {
             Fault::HangMidBody | Fault::ResetMidBody | Fault::Truncate => {
@@ -680,9 +680,9 @@ impl Connection<'_> {
             if fault == Fault::SlowLoris {
                 thread::sleep(Duration::from_millis(200));
             }
+            seen.lock().expect("no panic").sent += piece.len() as u64;
             self.stream.write_all(&piece)?;
             at += piece.len() as u64;
-            seen.sent += piece.len() as u64;
         }
         match fault {
             Fault::HangMidBody => self.hang()?,

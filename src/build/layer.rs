@@ -16,7 +16,7 @@
 //! - about 250 bytes and the name and attributes for each entry (at most 2^24), 160 bytes for each
 //!   distinct chunk (at most 2^24), 8 bytes for each chunk of each file; chunks in holes are at most
 //!   2^24, however large a sparse file claims to be;
-//! - at the end, the bootstrap and its compressed form: about 150 bytes for each path.
+//! - at the end, the bootstrap and its compressed form: about 200 bytes for each path.
 
 use std::io::{Read, Write};
 

@@ -7,6 +7,7 @@
 pub mod api;
 pub mod cli;
 pub mod config;
+pub mod host;
 pub mod image;
 pub mod log;
 pub mod metrics;
@@ -23,7 +24,7 @@ use std::path::PathBuf;
 
 use crate::blob::StoreError;
 use crate::device::DeviceError;
-use crate::fuse::PassthroughError;
+use crate::fuse::{MountHostError, PassthroughError};
 use crate::oci::OciError;
 use crate::rafs::FormatError;
 
@@ -63,6 +64,10 @@ pub enum DaemonError {
     Device(#[from] DeviceError),
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),
+    #[error(transparent)]
+    HostMount(#[from] MountHostError),
+    #[error("mount on the host")]
+    Handover(#[from] host::HandoverError),
     #[error("mounting {at}")]
     Mount { at: String, source: Box<mounted::ChangeError> },
 }

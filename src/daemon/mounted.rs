@@ -31,7 +31,7 @@ pub struct MountInfo {
 }
 
 /// What to mount.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum What {
     /// A RAFS image.
     Image {
@@ -42,6 +42,19 @@ pub enum What {
     },
     /// A directory of the host, which guests can write.
     Directory(PathBuf),
+}
+
+impl What {
+    /// Whether it is of the same kind and from the same file or directory.
+    fn is_same(&self, other: &What) -> bool {
+        match (self, other) {
+            (What::Image { bootstrap, .. }, What::Image { bootstrap: other, .. }) => {
+                bootstrap == other
+            }
+            (What::Directory(path), What::Directory(other)) => path == other,
+            _ => false,
+        }
+    }
 }
 
 /// Why something was not mounted or unmounted.
@@ -62,6 +75,10 @@ pub struct Entry {
     pub info: MountInfo,
     /// If it is an image.
     pub image: Option<Arc<ImageParts>>,
+    /// How to mount it again.
+    command: Arc<What>,
+    /// Mounted because the daemon before had it: clients that ask for it again are right.
+    restored: bool,
 }
 
 /// Something that is open and not mounted yet.
@@ -136,6 +153,32 @@ impl Mounted {
         self.images.sweep();
         let (fs, entry) = self.open(&at, what)?;
         Ok(Prepared { at, fs, entry })
+    }
+
+    /// As [`Mounted::mount`], of what the daemon before had mounted.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn restore(&self, mut prepared: Prepared) -> Result<(), ChangeError> {
+        prepared.entry.restored = true;
+        self.mount(prepared)
+    }
+
+    /// Whether `what` is at `at` because the daemon before had it mounted, and no client has asked
+    /// for it since: then this is that request.
+    pub fn is_restored(&self, at: &str, what: &What) -> bool {
+        let Ok(at) = MountPath::parse(at) else { return false };
+        let mut entries = self.lock();
+        let same = |entry: &&mut Entry| entry.restored && entry.command.is_same(what);
+        let entry = entries.get_mut(&at).filter(same);
+        entry.map(|entry| entry.restored = false).is_some()
+    }
+
+    /// How to mount again what is mounted, by mountpoint.
+    pub fn commands(&self) -> Vec<(String, Arc<What>)> {
+        let entries = self.lock();
+        entries.iter().map(|(at, entry)| (at.to_string(), Arc::clone(&entry.command))).collect()
     }
 
     /// Mounts what was opened; returns at once.
@@ -216,6 +259,7 @@ impl Mounted {
 
     fn open(&self, at: &MountPath, what: What) -> Result<(AnyFs, Entry), DaemonError> {
         let name = at.to_string();
+        let command = Arc::new(what.clone());
         match what {
             What::Image { bootstrap, config, prefetch_files } => {
                 let config = *config;
@@ -229,7 +273,10 @@ impl Mounted {
                     mounted_time: SystemTime::now(),
                     config: public,
                 };
-                Ok((fs.into(), Entry { info, image: Some(Arc::new(parts)) }))
+                Ok((
+                    fs.into(),
+                    Entry { info, image: Some(Arc::new(parts)), command, restored: false },
+                ))
             }
             What::Directory(path) => {
                 let options = PassthroughOptions {
@@ -245,7 +292,7 @@ impl Mounted {
                     mounted_time: SystemTime::now(),
                     config: serde_json::Value::Null,
                 };
-                Ok((fs.into(), Entry { info, image: None }))
+                Ok((fs.into(), Entry { info, image: None, command, restored: false }))
             }
         }
     }

@@ -11,13 +11,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
 use super::DaemonError;
-use super::cli::{Options, VmmSocket};
+use super::cli::{Options, Service, VmmSocket};
 use super::config::Config;
+use super::host::{Host, HostOptions};
 use super::image::Images;
 use super::log::{LogGuard, Target};
 use super::mounted::{Mounted, What};
@@ -25,7 +26,7 @@ use super::signal;
 use super::socket::Sockets;
 use super::state::{State, Status, StopReason};
 use crate::device::{Device, DeviceConfig, Listener, Stop};
-use crate::fuse::ServerOptions;
+use crate::fuse::{Ended, ServerOptions};
 
 /// How long the device and the API may take to end.
 const GRACE: Duration = Duration::from_millis(250);
@@ -58,6 +59,8 @@ struct Context {
     status: Arc<Status>,
     sockets: Sockets,
     runtime: Runtime,
+    /// Of a mount on the host.
+    wait_for_session: bool,
     stop_device: Stop,
     stop_api: watch::Sender<bool>,
     events: Sender<Event>,
@@ -102,7 +105,14 @@ fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
     log::debug!("open files: at most {files}");
 
     let (events, happened) = bounded(8);
+    // Before there is a socket of our own in the place of the other daemon's.
+    let mut wait_for_session = false;
+    if let Some(host) = host(&options, &status, &runtime, &events) {
+        wait_for_session = host.should_wait(options.apisock.as_deref());
+        status.set_host(host);
+    }
     let context = Arc::new(Context {
+        wait_for_session,
         status: Arc::clone(&status),
         sockets: Sockets::default(),
         runtime,
@@ -117,8 +127,9 @@ fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
         let _ = starter.events.send(Event::Started(started));
     })?;
 
-    let (result, running) = wait(&stopped, &happened);
+    let (result, reason, running) = wait(&stopped, &happened);
     status.set_state(State::Stopped);
+    leave_host(&status, reason);
     context.sockets.remove_all();
     context.stop_device.raise();
     context.stop_api.send_replace(true);
@@ -135,24 +146,40 @@ fn serve(options: Options, log: &LogGuard) -> Result<(), DaemonError> {
     result
 }
 
-/// Waits for the end, and returns what has to be stopped.
+/// Ends the session on the host. The API's exit leaves the mount to the next daemon, if there can be
+/// one.
+fn leave_host(status: &Arc<Status>, reason: Option<StopReason>) {
+    let Some(host) = status.host().cloned() else { return };
+    let (done, left) = bounded::<()>(1);
+    let leaving = spawn("unmount", move || {
+        host.leave(reason == Some(StopReason::Api));
+        drop(done);
+    });
+    // A mount that does not go away in time goes with the process.
+    if leaving.is_ok() && left.recv_timeout(GRACE) == Err(RecvTimeoutError::Timeout) {
+        log::warn!("unmounting takes longer than {GRACE:?}");
+    }
+}
+
+/// Waits for the end, and returns why it came and what has to be stopped.
 fn wait(
     stopped: &Receiver<StopReason>,
     happened: &Receiver<Event>,
-) -> (Result<(), DaemonError>, Option<Running>) {
+) -> (Result<(), DaemonError>, Option<StopReason>, Option<Running>) {
     let mut running = None;
     loop {
         crossbeam_channel::select! {
             recv(stopped) -> reason => {
                 match reason {
                     Ok(StopReason::Signal(signal)) => log::info!("stopping: signal {signal}"),
+                    Ok(StopReason::Unmounted) => log::info!("stopping: somebody unmounted it"),
                     _ => log::info!("stopping: asked by the API"),
                 }
-                return (Ok(()), running);
+                return (Ok(()), reason.ok(), running);
             }
             recv(happened) -> event => match event {
                 Ok(Event::Started(Ok(started))) => running = Some(started),
-                Ok(Event::Started(Err(e)) | Event::Ended(Err(e))) => return (Err(e), running),
+                Ok(Event::Started(Err(e)) | Event::Ended(Err(e))) => return (Err(e), None, running),
                 Ok(Event::Ended(Ok(()))) => log::warn!("a service ended before it was told to"),
                 Err(_) => unreachable!("the context holds a sender"),
             }
@@ -178,16 +205,33 @@ fn ended_in_time(happened: &Receiver<Event>, services: usize) {
 
 /// From nothing to RUNNING.
 fn start(context: &Arc<Context>) -> Result<Running, DaemonError> {
-    let Context { options, status, sockets, runtime, .. } = &**context;
     let begin = Instant::now();
     let with_api = start_api(context)?;
+    let mut services = usize::from(with_api);
+    match &context.options.service {
+        Service::Host(host) => start_on_host(context, host, begin)?,
+        Service::Vmm(sock) => {
+            start_device(context, sock, begin)?;
+            services += 1;
+        }
+    }
+    Ok(Running { services })
+}
+
+/// Serves VMMs.
+fn start_device(
+    context: &Arc<Context>,
+    sock: &VmmSocket,
+    begin: Instant,
+) -> Result<(), DaemonError> {
+    let Context { options, status, sockets, runtime, .. } = &**context;
     mount_at_start(options, status.mounted())?;
     let system = |source| DaemonError::System { what: "socket", source };
-    let (socket, name) = match &options.sock {
+    let (socket, name) = match sock {
         VmmSocket::Path(path) => (sockets.listen(path)?, path.display().to_string()),
         VmmSocket::Fd(fd) => (Sockets::inherited(*fd)?, format!("descriptor {fd}")),
     };
-    if let (VmmSocket::Path(path), Some(group)) = (&options.sock, &options.socket_group) {
+    if let (VmmSocket::Path(path), Some(group)) = (sock, &options.socket_group) {
         Sockets::give_to_group(path, group)?;
     }
     let listener = Listener::from_socket(socket).map_err(system)?;
@@ -208,9 +252,49 @@ fn start(context: &Arc<Context>) -> Result<Running, DaemonError> {
         // Kata waits for this text of virtiofsd, whatever the log level is.
         let _ = writeln!(io::stderr(), "Waiting for vhost-user socket connection...");
     }
-    Ok(Running { services: 1 + usize::from(with_api) })
+    Ok(())
 }
 
+/// Mounts on the host and serves, or waits for the session of another daemon.
+fn start_on_host(
+    context: &Arc<Context>,
+    options: &HostOptions,
+    begin: Instant,
+) -> Result<(), DaemonError> {
+    let status = &context.status;
+    let Some(host) = status.host() else { return Ok(()) };
+    let at = options.mountpoint.display();
+    if context.wait_for_session {
+        log::info!("waiting for the session of another daemon on {at}");
+        return Ok(());
+    }
+    mount_at_start(&context.options, status.mounted())?;
+    host.mount()?;
+    host.start()?;
+    log::info!("running: mounted on {at}, ready in {:?}", begin.elapsed());
+    Ok(())
+}
+
+/// What `rafsd fuse` mounts on the host.
+fn host(
+    options: &Options,
+    status: &Arc<Status>,
+    runtime: &Runtime,
+    events: &Sender<Event>,
+) -> Option<Arc<Host>> {
+    let Service::Host(host) = &options.service else { return None };
+    let (stopping, events) = (Arc::clone(status), events.clone());
+    let on_end = move |ended: io::Result<Ended>| match ended {
+        Ok(Ended::Stopped) => {}
+        Ok(Ended::Unmounted) => stopping.request_stop(StopReason::Unmounted),
+        Err(source) => {
+            let failed = DaemonError::System { what: "/dev/fuse", source };
+            let _ = events.try_send(Event::Ended(Err(failed)));
+        }
+    };
+    let (host, writeback) = (host.clone(), options.writeback);
+    Some(Host::new(host, writeback, Arc::clone(status), runtime.handle().clone(), on_end))
+}
 /// Mounts the directory or the image that the command line names.
 fn mount_at_start(options: &Options, mounted: &Mounted) -> Result<(), DaemonError> {
     let at = &options.mountpoint;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use crossbeam_channel::Sender;
 use serde::Serialize;
 
+use super::host::Host;
 use super::log::Events;
 use super::mounted::{MountInfo, Mounted};
 use super::version::{VERSION, Version};
@@ -42,6 +43,8 @@ pub enum StopReason {
     Signal(i32),
     /// `PUT /api/v1/daemon/exit`.
     Api,
+    /// Somebody has unmounted what this daemon had mounted on the host.
+    Unmounted,
 }
 
 /// Shared by the thread that runs the daemon and by the API. Each lock is held for a copy.
@@ -52,6 +55,7 @@ pub struct Status {
     mounted: Arc<Mounted>,
     events: Arc<Events>,
     device: OnceLock<Arc<device::Counters>>,
+    host: OnceLock<Arc<Host>>,
     stop: Sender<StopReason>,
 }
 
@@ -71,6 +75,7 @@ impl Status {
             mounted,
             events,
             device: OnceLock::new(),
+            host: OnceLock::new(),
             stop,
         }
     }
@@ -93,6 +98,16 @@ impl Status {
     /// What the device counts, once there is one.
     pub fn device(&self) -> Option<&device::Counters> {
         self.device.get().map(|counters| &**counters)
+    }
+
+    /// Lets the API hand over the mount on the host; the first one stays.
+    pub fn set_host(&self, host: Arc<Host>) {
+        let _ = self.host.set(host);
+    }
+
+    /// The mount on the host, if this is `rafsd fuse`.
+    pub fn host(&self) -> Option<&Arc<Host>> {
+        self.host.get()
     }
 
     pub fn mounted(&self) -> &Arc<Mounted> {

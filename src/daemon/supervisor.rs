@@ -4,15 +4,20 @@
 //! nydus-snapshotter's supervisor, which waits without a limit for a daemon that was told to send,
 //! and insists on a control message.
 
-use std::io::{self, IoSlice, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
+/// Bytes that a state may have: a thousand mounts with long configs.
+const MAX_STATE: usize = 64 << 20;
 /// How long the manager may leave what is sent to it unread.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -35,13 +40,44 @@ pub fn send(socket: &Path, state: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
     stream.write_all(state.get(sent..).unwrap_or_default())
 }
 
+/// Receives what the manager that listens on `socket` keeps: its bytes, and its descriptor if there
+/// is one. Waits, so it belongs on a thread that may.
+///
+/// # Errors
+///
+/// Nobody listens there, nothing comes within 5 s, or more than [`MAX_STATE`] bytes do.
+pub fn receive(socket: &Path) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    let stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let (mut state, mut fd) = (Vec::new(), None);
+    let mut buffer = vec![0; 32 * 1024];
+    loop {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let received = match recvmsg(&stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => continue,
+            received => received?,
+        };
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                fd = fd.or(fds.into_iter().next());
+            }
+        }
+        if received.bytes == 0 {
+            return Ok((state, fd));
+        }
+        state.extend_from_slice(&buffer[..received.bytes]);
+        if state.len() > MAX_STATE {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "more than any state has"));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::io::IoSliceMut;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixListener;
-
-    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
     use super::*;
 

@@ -3,13 +3,14 @@
 //! [`Request`] checks what a guest sent, [`Server`] answers it from the file systems in [`Mounts`],
 //! and [`Reply`] writes the answer where the guest wants it. Nothing here blocks: a request that
 //! needs chunks which are not on this host yet ends as [`Outcome::Wait`], and whoever carries
-//! requests (`device`, later a host mount) asks again when the wait is over.
+//! requests (`device`, or `host` for a mount on the host) asks again when the wait is over.
 //!
 //! A guest is not trusted: any bytes and any node id give an answer or an error, never a panic.
 
 pub mod abi;
 mod counters;
 mod file_system;
+mod host;
 mod known;
 mod listing;
 mod mount_path;
@@ -26,6 +27,7 @@ mod wait;
 mod zeros;
 
 pub use counters::{OPCODES, OpTotals, TIMES, Times, opcode_name, serve_queue};
+pub use host::{Ended, HostMount, HostSession, MountHostError, is_mounted};
 pub use mount_path::{MountPath, PathError};
 pub use mounts::{AnyFs, MountError, Mounts};
 pub use passthrough::{Cache, PassthroughError, PassthroughFs, PassthroughOptions};

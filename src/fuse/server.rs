@@ -4,9 +4,10 @@
 
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
-use super::abi::{self, Attr, EntryOut};
+use super::abi::{self, Attr, EntryOut, opcode};
 use super::file_system::{Call, FileSystem, FsError, chain};
 use super::listing::Listing;
 use super::mounts::{Mounts, Place, Tree};
@@ -39,6 +40,34 @@ impl Server {
     /// A server that waits for INIT.
     pub fn new(mounts: Arc<Mounts>, options: ServerOptions) -> Server {
         Server { mounts, options, session: Session::default() }
+    }
+
+    /// A server that goes on with the session of another process: `agreed` is what its server
+    /// [`Self::agreed`] on, and `mounts` are the same images.
+    ///
+    /// # Errors
+    ///
+    /// The guest was told that nothing changes, and `mounts` is something that does.
+    pub fn resume(
+        mounts: Arc<Mounts>,
+        options: ServerOptions,
+        agreed: u64,
+    ) -> Result<Server, &'static str> {
+        let terms = Terms::from_bits(agreed);
+        let promise = if terms.fixed() {
+            let promise = mounts.promise().ok_or("the tree is no longer one that never changes")?;
+            Some(promise.0)
+        } else {
+            None
+        };
+        let server = Server::new(mounts, options);
+        server.session.resume(terms, promise);
+        Ok(server)
+    }
+
+    /// What was agreed at INIT, for a process of the same version; 0 if no session is open.
+    pub fn agreed(&self) -> u64 {
+        self.session.terms().to_bits()
     }
 
     /// Answers `request` into `reply`, or says what it waits for. Never blocks.
@@ -260,6 +289,15 @@ impl Server {
             | Operation::Releasedir
             | Operation::Fsyncdir
             | Operation::Syncfs => reply.done(unique),
+            // The guest copies itself then, as an overlay does from an image to its upper layer.
+            Operation::Change
+                if matches!(
+                    header.opcode,
+                    opcode::COPY_FILE_RANGE | opcode::COPY_FILE_RANGE_64
+                ) =>
+            {
+                return Err(FsError::Host(Errno::XDEV));
+            }
             Operation::Change => return Err(FsError::ReadOnly),
             Operation::Unknown => return Err(FsError::Unknown),
             Operation::Init(_)

@@ -39,6 +39,21 @@ impl Default for ServerOptions {
 pub(super) struct Terms(u64);
 
 impl Terms {
+    /// As a number that another process of the same version understands.
+    pub(super) fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    /// From [`Self::to_bits`].
+    pub(super) fn from_bits(bits: u64) -> Terms {
+        Terms(bits)
+    }
+
+    /// The guest was told that nothing changes.
+    pub(super) fn fixed(self) -> bool {
+        self.0 & (Self::NO_OPEN | Self::NO_OPENDIR | Self::NO_XATTRS) != 0
+    }
+
     const OPEN: u64 = 1 << 0;
     const NO_OPEN: u64 = 1 << 1;
     const NO_OPENDIR: u64 = 1 << 2;
@@ -100,6 +115,12 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn terms(&self) -> Terms {
         Terms(self.terms.load(Ordering::Relaxed))
+    }
+
+    /// Goes on with what another process agreed on.
+    pub(super) fn resume(&self, terms: Terms, promise: Option<Promise>) {
+        self.keep(promise);
+        self.terms.store(terms.0, Ordering::Relaxed);
     }
 
     /// The guest leaves.

@@ -46,6 +46,8 @@ use crate::rafs::id::BlobId;
 const FAILURE_LIMIT: u32 = 5;
 /// How long an origin is passed over, if there is anything else.
 const ORIGIN_PAUSE: Duration = Duration::from_secs(5);
+/// Sources that are counted apart, those that changes of settings took away included.
+const MAX_COUNTED: usize = 100;
 /// Reads of a blob of which it is remembered who answered them.
 const REMEMBERED_READS: usize = 256;
 
@@ -184,7 +186,9 @@ impl Remote {
     }
 
     fn counters(&self, name: &str) -> Arc<SourceCounters> {
-        lock(&self.counters).entry(name.to_owned()).or_default().clone()
+        let mut counters = lock(&self.counters);
+        let known = counters.len() < MAX_COUNTED || counters.contains_key(name);
+        counters.entry(if known { name } else { "other sources" }.to_owned()).or_default().clone()
     }
 
     /// Asks the sources one after another for `range` of `blob`, which is not empty.

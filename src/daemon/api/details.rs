@@ -1,26 +1,15 @@
-//! What people ask when something is wrong: the last errors, an image's super block, and handing
-//! state to a manager.
-
-use std::io::Write;
-use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+//! What people ask when something is wrong: the last errors, and an image's super block.
 
 use axum::body::Bytes;
 use axum::http::StatusCode;
 use serde_json::json;
 
 use super::query::Query;
-use super::{Answer, Api, ApiError, failed, json as answer, no_body, no_content, unsupported};
+use super::{Answer, failed, json as answer, no_body};
 use crate::daemon::log::Events;
 use crate::daemon::state::Status;
-use crate::daemon::supervisor;
 use crate::fuse::{MountError, MountPath};
 use crate::rafs::{Bootstrap, FormatError};
-
-/// How long handing over state may take.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) fn events(status: &Status, body: &Bytes) -> Answer {
     no_body(body)?;
@@ -82,27 +71,4 @@ fn super_meta(image: &Bootstrap) -> Result<serde_json::Value, FormatError> {
         "chunk_table_offset": ext.chunk_table_offset.get(),
         "chunk_table_size": ext.chunk_table_size.get(),
     }))
-}
-
-/// Hands what there is to know to the manager. For a virtual machine no session can be taken over,
-/// so this is what is mounted, without secrets, and a file with the same: a manager that has told a
-/// daemon to send waits until something comes.
-pub(super) async fn send_fd(api: &Arc<Api>, body: &Bytes) -> Answer {
-    no_body(body)?;
-    let Some(socket) = api.status.supervisor().map(PathBuf::from) else {
-        return Err(unsupported("there is no --supervisor to send anything to"));
-    };
-    let status = Arc::clone(&api.status);
-    let work = tokio::task::spawn_blocking(move || {
-        let state = json!({"rafsd": 1, "mounts": status.mounted().infos()}).to_string();
-        let memory = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?;
-        let mut file = std::fs::File::from(memory);
-        file.write_all(state.as_bytes())?;
-        supervisor::send(&socket, state.as_bytes(), file.as_fd())
-    });
-    let late = || ApiError(StatusCode::INTERNAL_SERVER_ERROR, "the manager does not read".into());
-    let sent = tokio::time::timeout(PATIENCE, work).await.map_err(|_| late())?;
-    let sent = sent.map_err(|_| failed("sending failed, see the log".into()))?;
-    sent.map_err(|e| failed(format!("sending to the manager: {e}")))?;
-    Ok(no_content())
 }

@@ -8,6 +8,7 @@
 
 mod config;
 mod details;
+mod handover;
 mod metrics;
 mod mount;
 mod query;
@@ -28,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use self::query::Query;
 use self::transport::Limited;
-use super::state::{State, Status, StopReason};
+use super::state::{Status, StopReason};
 
 /// Longest body in bytes; configs with certificates are long.
 const MAX_BODY: usize = 4 << 20;
@@ -111,15 +112,15 @@ async fn route(api: &Arc<Api>, request: Request) -> Answer {
         ("/api/v2/daemon", &Method::GET) => info(status, false, &body),
         ("/api/v1/daemon" | "/api/v2/daemon", &Method::PUT) => configure(&body),
         ("/api/v1/daemon/exit", &Method::PUT) => exit(status, &body),
-        ("/api/v1/daemon/start", &Method::PUT) => start(status, &body),
+        ("/api/v1/daemon/start", &Method::PUT) => handover::start(&api.status, &body).await,
         ("/api/v1/mount", &Method::POST) => mount::mount(api, &query, &body).await,
         ("/api/v1/mount", &Method::PUT) => mount::remount(api, &query, &body).await,
         ("/api/v1/mount", &Method::DELETE) => mount::unmount(status, &query, &body),
         ("/api/v1/daemon/events", &Method::GET) => details::events(status, &body),
         ("/api/v1/daemon/backend", &Method::GET) => details::backend(status, &query, &body),
-        ("/api/v1/daemon/fuse/sendfd", &Method::PUT) => details::send_fd(api, &body).await,
+        ("/api/v1/daemon/fuse/sendfd", &Method::PUT) => handover::send_fd(&api.status, &body).await,
         ("/api/v1/daemon/fuse/takeover", &Method::PUT) => {
-            Err(unsupported("a session of a virtual machine cannot be taken over"))
+            handover::take_over(&api.status, &body).await
         }
         ("/api/v1/config", &Method::GET) => config::get(status, &query, &body),
         ("/api/v1/config", &Method::PUT) => config::put(status, &query, &body),
@@ -163,15 +164,6 @@ fn exit(status: &Status, body: &Bytes) -> Answer {
     no_body(body)?;
     status.request_stop(StopReason::Api);
     Ok(no_content())
-}
-
-/// The daemon starts by itself, so there is never anything to start.
-fn start(status: &Status, body: &Bytes) -> Answer {
-    no_body(body)?;
-    match status.state() {
-        State::Running => Err(bad_request("UnexpectedEvent: the daemon runs already".into())),
-        _ => Err(not_ready()),
-    }
 }
 
 /// A JSON body, whose content never shows up in an error: it may hold secrets.

@@ -48,6 +48,9 @@ struct MountCommand {
 
 pub(super) async fn mount(api: &Arc<Api>, query: &Query<'_>, body: &Bytes) -> Answer {
     let (at, what) = command(&api.status, query, body)?;
+    if api.status.mounted().is_restored(&at, &what) {
+        return Ok(no_content());
+    }
     api.status.mounted().check_free(&at).map_err(refused)?;
     let prepared = open(api, at, what).await?;
     api.status.mounted().mount(prepared).map_err(refused)?;

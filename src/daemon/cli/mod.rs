@@ -15,6 +15,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use log::LevelFilter;
 
+use super::host::{FailoverPolicy, HostOptions};
 use super::version::VERSION;
 use crate::fuse::{Cache, MountPath};
 
@@ -32,6 +33,15 @@ pub enum Invocation {
 #[error("{0}")]
 pub struct UsageError(pub String);
 
+/// Whom to serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// A virtual machine.
+    Vmm(VmmSocket),
+    /// The host itself.
+    Host(HostOptions),
+}
+
 /// Where VMMs connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmmSocket {
@@ -41,10 +51,10 @@ pub enum VmmSocket {
     Fd(i32),
 }
 
-/// Arguments of `rafsd virtiofs`, checked.
+/// Arguments of `rafsd virtiofs` and `rafsd fuse`, checked.
 #[derive(Debug)]
 pub struct Options {
-    pub sock: VmmSocket,
+    pub service: Service,
     /// Group that may connect to it, by name or number; none: the user's.
     pub socket_group: Option<String>,
     /// Say on standard error when a VMM can connect, as virtiofsd does.
@@ -232,8 +242,9 @@ struct Cli {
           value_parser = duration)]
     read_timeout: Option<Duration>,
 
-    /// Threads that decompress and verify chunks
+    /// Threads that decompress and verify chunks; with `fuse`, threads that take requests
     ///
+    /// With `fuse`: default 4, range 1 to 1024; 0 means the default. Without:
     /// Default: 0, twice the number of processors but at least 4. Range: 0 to 1024. A limit, not a reservation:
     /// threads start when there is work. Lower it to leave processors to the guest.
     #[arg(long, global = true, value_name = "N", help_heading = "Process",
@@ -275,9 +286,36 @@ struct Cli {
 
     /// Socket of a manager that keeps state across restarts
     ///
-    /// Default: none. Shown by the API; state is not handed over in this version.
+    /// Default: none. With `fuse`, the session is handed over to it and taken from it as the API says.
     #[arg(long, global = true, value_name = "PATH", help_heading = "Process")]
     supervisor: Option<String>,
+
+    /// Directory of this host to mount on, for `fuse`
+    ///
+    /// Required there. A mount whose daemon is gone is replaced. With mount(2) as root, else with
+    /// fusermount3. Unmounted at exit, even if it is busy.
+    #[arg(short = 'M', long, global = true, value_name = "DIR", help_heading = "Host mount")]
+    mountpoint: Option<PathBuf>,
+
+    /// What becomes of requests that the daemon before did not answer: none, resend or flush
+    ///
+    /// Default: resend. For `fuse` with `--supervisor`. none: they hang. resend: the kernel offers them
+    /// again (Linux 6.9). flush: they fail, where the kernel is patched for that, else as resend.
+    #[arg(long, global = true, value_name = "POLICY", help_heading = "Host mount",
+          value_parser = others::failover_policy)]
+    failover_policy: Option<FailoverPolicy>,
+
+    /// Wait for the session of a running daemon, which the API has it hand over
+    ///
+    /// For `fuse` with `--supervisor`.
+    #[arg(long, global = true, action = ArgAction::Count, help_heading = "Host mount")]
+    upgrade: u8,
+
+    /// Mount for writing
+    ///
+    /// Default with `--shared-dir`; else the mount on the host is read-only.
+    #[arg(long, global = true, action = ArgAction::Count, help_heading = "Host mount")]
+    writable: u8,
 
     /// Print the version and what it was built from
     #[arg(short = 'V', long, global = true)]
@@ -323,23 +361,26 @@ struct Cli {
     // Known flags of features that are not here: see `others::refuse_missing_features`.
     #[arg(long, global = true, hide = true, action = ArgAction::Count)]
     readonly: u8,
-    #[arg(short = 'M', long, global = true, hide = true)]
-    mountpoint: Option<OsString>,
     #[arg(short = 'F', long, global = true, hide = true)]
     fscache: Option<OsString>,
     #[arg(long, global = true, hide = true)]
     dedup_db: Option<OsString>,
-    #[arg(long, global = true, hide = true, action = ArgAction::Count)]
-    upgrade: u8,
+    #[arg(long, global = true, hide = true)]
+    backend_source: Option<String>,
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Serve a virtual machine over vhost-user (the default)
     Virtiofs,
+    /// Mount on a directory of this host
+    Fuse,
     #[command(external_subcommand)]
     Other(Vec<OsString>),
 }
+
+/// Threads that take requests from the kernel, as in nydusd.
+const DEFAULT_FUSE_THREADS: usize = 4;
 
 /// What libvirt and others ask for; also in `share/qemu/vhost-user/50-rafsd.json`.
 const CAPABILITIES: &str = "{\"type\":\"fs\",\"features\":[\"separate-options\"]}\n";
@@ -369,15 +410,31 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     ignored.extend(mount_options.ignored);
     let required = |what: &str| usage_error(format!("{what}\n\n{}", Cli::command().render_usage()));
     let announce_socket = cli.socket_path.is_some();
-    let sock = match (cli.sock.or(cli.socket_path), cli.fd) {
-        (Some(path), None) => VmmSocket::Path(path),
-        (None, Some(fd)) => VmmSocket::Fd(fd),
-        (None, None) => return Err(required("`--sock PATH` is required")),
-        (Some(_), Some(_)) => return Err(usage_error("--sock and --fd: give one of them".into())),
+    let on_host = others::on_host(&cli);
+    let service = if on_host {
+        let mountpoint =
+            cli.mountpoint.ok_or_else(|| required("`--mountpoint DIR` is required"))?;
+        Service::Host(HostOptions {
+            mountpoint,
+            threads: cli.thread_num.filter(|&n| n > 0).map_or(DEFAULT_FUSE_THREADS, usize::from),
+            failover: cli.failover_policy.unwrap_or_default(),
+            upgrade: cli.upgrade > 0,
+            writable: cli.writable > 0 || cli.shared_dir.is_some(),
+        })
+    } else {
+        let sock = match (cli.sock.or(cli.socket_path), cli.fd) {
+            (Some(path), None) => VmmSocket::Path(path),
+            (None, Some(fd)) => VmmSocket::Fd(fd),
+            (None, None) => return Err(required("`--sock PATH` is required")),
+            (Some(_), Some(_)) => {
+                return Err(usage_error("--sock and --fd: give one of them".into()));
+            }
+        };
+        if cli.socket_group.is_some() && matches!(sock, VmmSocket::Fd(_)) {
+            return Err(usage_error("--socket-group: the socket of --fd is not made here".into()));
+        }
+        Service::Vmm(sock)
     };
-    if cli.socket_group.is_some() && matches!(sock, VmmSocket::Fd(_)) {
-        return Err(usage_error("--socket-group: the socket of --fd is not made here".into()));
-    }
     let mountpoint = cli.virtual_mountpoint.unwrap_or_else(|| "/".into());
     if let Err(e) = MountPath::parse(&mountpoint) {
         return Err(usage_error(format!("--virtual-mountpoint: {e}")));
@@ -387,7 +444,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         return Err(usage_error(format!("--tag: 1 to 36 bytes, not {}", tag.len())));
     }
     Ok(Invocation::Serve(Box::new(Options {
-        sock,
+        service,
         socket_group: cli.socket_group,
         announce_socket,
         shared_dir: cli.shared_dir.or(mount_options.source),
@@ -412,7 +469,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         supervisor: cli.supervisor,
         tag,
         request_queues: cli.num_request_queues.unwrap_or(64),
-        workers: cli.thread_num.unwrap_or(0),
+        workers: if on_host { 0 } else { cli.thread_num.unwrap_or(0) },
         read_timeout: cli.read_timeout.unwrap_or(Duration::from_secs(60)),
         rlimit_nofile: cli.rlimit_nofile.unwrap_or(1_000_000),
         ignored,
@@ -467,7 +524,7 @@ mod tests {
         ];
         for line in lines {
             let o = options(line);
-            assert_eq!(o.sock, VmmSocket::Path("S".into()), "{line}");
+            assert_eq!(o.service, Service::Vmm(VmmSocket::Path("S".into())), "{line}");
             assert_eq!(o.apisock, Some("A".into()), "{line}");
             assert_eq!(o.log_level, LevelFilter::Info, "{line}");
         }
@@ -483,7 +540,10 @@ mod tests {
         for (line, want) in cases {
             assert_eq!(options(line).log_level, want, "{line}");
         }
-        assert_eq!(options("--sock A virtiofs --sock B").sock, VmmSocket::Path("B".into()));
+        assert_eq!(
+            options("--sock A virtiofs --sock B").service,
+            Service::Vmm(VmmSocket::Path("B".into()))
+        );
     }
 
     #[test]
@@ -520,7 +580,6 @@ mod tests {
     #[test]
     fn what_is_missing_is_named() {
         let cases = [
-            ("fuse --mountpoint /mnt --apisock A", "`fuse` is not in this build"),
             ("singleton --fscache /cache", "`singleton` is not in this build"),
             ("frobnicate", "unknown command `frobnicate`"),
             ("virtiofs --sock S --shared-dir /srv --readonly", "--readonly"),
@@ -531,7 +590,9 @@ mod tests {
             ("--sock S -o cache=sometimes", "use never, metadata, auto or always"),
             ("--sock S -o frobnicate", "-o frobnicate: unknown"),
             ("--sock S -m rafs", "a mountpoint starts with `/`"),
-            ("--sock S --upgrade", "--upgrade"),
+            ("fuse --apisock A", "`--mountpoint DIR` is required"),
+            ("fuse --mountpoint M --failover-policy maybe", "use none, resend or flush"),
+            ("fuse --mountpoint M --thread-num 1025", "1025"),
             ("virtiofs --apisock A", "`--sock PATH` is required"),
             ("virtiofs --sock S --frobnicate", "--frobnicate"),
             ("virtiofs --sock S -C c -D d", "cannot be used with"),
@@ -571,7 +632,7 @@ mod tests {
                 true => (VmmSocket::Fd(3), false),
                 false => (VmmSocket::Path("/s".into()), true),
             };
-            assert_eq!((o.sock, o.announce_socket), (sock, announce), "{line}");
+            assert_eq!((o.service, o.announce_socket), (Service::Vmm(sock), announce), "{line}");
         }
         let modes = [
             ("never", Cache::Never),
@@ -608,5 +669,43 @@ mod tests {
         {
             assert!(matches!(parse_line(line), Ok(Invocation::Print(_))), "{line}");
         }
+    }
+
+    #[test]
+    fn mounts_on_the_host() {
+        let host = |line: &str| match options(line).service {
+            Service::Host(host) => host,
+            Service::Vmm(socket) => panic!("{line}: {socket:?}"),
+        };
+        let plain = HostOptions {
+            mountpoint: "M".into(),
+            threads: 4,
+            failover: FailoverPolicy::Resend,
+            upgrade: false,
+            writable: false,
+        };
+        // As nydus-snapshotter writes it, by hand, and in the style before subcommands.
+        for line in [
+            "fuse --id d1 --config C --mountpoint M --apisock A --log-level info --supervisor U",
+            "--apisock A fuse -M M --thread-num 0",
+            "--mountpoint M --apisock A",
+        ] {
+            assert_eq!(host(line), plain, "{line}");
+        }
+        let line = "fuse --upgrade --thread-num 7 --mountpoint M --failover-policy none --writable";
+        let want = HostOptions {
+            threads: 7,
+            failover: FailoverPolicy::None,
+            upgrade: true,
+            writable: true,
+            ..plain.clone()
+        };
+        assert_eq!(host(line), want);
+        assert!(host("fuse --shared-dir D --mountpoint M").writable);
+        assert_eq!(options("fuse --thread-num 7 --mountpoint M").workers, 0, "those are others");
+        let ignored = options("fuse --mountpoint M --sock S --tag T").ignored;
+        let flags: Vec<_> = ignored.iter().map(|(flag, _)| flag.as_str()).collect();
+        assert!(flags.contains(&"--sock") && flags.contains(&"--tag"), "{flags:?}");
+        assert!(options("--sock S --upgrade").ignored.iter().any(|(flag, _)| flag == "--upgrade"));
     }
 }

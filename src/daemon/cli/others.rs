@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use super::{Cli, Command, UsageError, usage_error};
+use crate::daemon::host::FailoverPolicy;
 use crate::fuse::Cache;
 
 const SUBMOUNTS: &str =
@@ -88,17 +89,15 @@ pub(super) fn refuse_missing_features(cli: &Cli) -> Result<(), UsageError> {
     if let Some(Command::Other(args)) = &cli.command {
         let name = args.first().map(|a| a.to_string_lossy()).unwrap_or_default();
         return Err(usage_error(match name.as_ref() {
-            "fuse" | "singleton" | "nbd" | "uffd" => {
-                format!("the command `{name}` is not in this build; it has `virtiofs`")
+            "singleton" | "nbd" | "uffd" => {
+                format!("the command `{name}` is not in this build; it has `virtiofs` and `fuse`")
             }
-            _ => format!("unknown command `{name}`; there is `virtiofs`"),
+            _ => format!("unknown command `{name}`; there are `virtiofs` and `fuse`"),
         }));
     }
     let given = [
-        ("--mountpoint (mounting on the host)", cli.mountpoint.is_some()),
         ("--fscache (serving the kernel's fscache)", cli.fscache.is_some()),
         ("--dedup-db (cache deduplication)", cli.dedup_db.is_some()),
-        ("--upgrade (taking over from a running daemon)", cli.upgrade > 0),
         ("--readonly (a shared directory that guests cannot write)", cli.readonly > 0),
     ];
     match given.iter().find(|(_, given)| *given) {
@@ -107,12 +106,42 @@ pub(super) fn refuse_missing_features(cli: &Cli) -> Result<(), UsageError> {
     }
 }
 
+/// Whether this is a mount on the host: said, or, as nydusd has it, meant by its flag.
+pub(super) fn on_host(cli: &Cli) -> bool {
+    match cli.command {
+        Some(Command::Fuse) => true,
+        None => cli.mountpoint.is_some() && cli.sock.is_none() && cli.socket_path.is_none(),
+        _ => false,
+    }
+}
+
+/// A value of `--failover-policy`.
+pub(super) fn failover_policy(text: &str) -> Result<FailoverPolicy, String> {
+    Ok(match text {
+        "none" => FailoverPolicy::None,
+        "resend" => FailoverPolicy::Resend,
+        "flush" => FailoverPolicy::Flush,
+        _ => return Err("use none, resend or flush".to_owned()),
+    })
+}
+
 /// Flags that were given and change nothing, with the reason.
 pub(super) fn ignored(cli: &Cli) -> Vec<(String, &'static str)> {
     let no_bootstrap = cli.bootstrap.is_none();
     let nothing_shared = cli.shared_dir.is_none() && no_bootstrap;
     const NO_IMAGE: &str = "there is no --bootstrap that it is about";
+    const VIRTIOFS_ONLY: &str = "a mount on the host has none";
+    const FUSE_ONLY: &str = "only a mount on the host has it";
+    let host = on_host(cli);
     let flags = [
+        ("--sock", host && cli.sock.is_some(), VIRTIOFS_ONLY),
+        ("--tag", host && cli.tag.is_some(), VIRTIOFS_ONLY),
+        ("--num-request-queues", host && cli.num_request_queues.is_some(), VIRTIOFS_ONLY),
+        ("--mountpoint", !host && cli.mountpoint.is_some(), FUSE_ONLY),
+        ("--failover-policy", !host && cli.failover_policy.is_some(), FUSE_ONLY),
+        ("--upgrade", !host && cli.upgrade > 0, FUSE_ONLY),
+        ("--writable", !host && cli.writable > 0, FUSE_ONLY),
+        ("--backend-source", cli.backend_source.is_some(), "the backend is what --config says"),
         ("--announce-submounts", cli.announce_submounts > 0, SUBMOUNTS),
         ("--xattr", cli.xattr > 0, XATTRS),
         ("--posix-acl", cli.posix_acl > 0, "the guest's kernel applies ACLs"),

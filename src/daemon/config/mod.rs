@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::backend::LocalFsConfig;
+use crate::oci::auth::Secret;
 
 pub use backend::BackendConfig;
 pub use prefetch::Prefetch;
@@ -79,7 +80,7 @@ impl fmt::Display for Form {
 }
 
 /// Where the image's data comes from and where it is kept.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Config {
     pub form: Form,
     /// Name under which the API finds this config; may be empty.
@@ -93,6 +94,12 @@ pub struct Config {
     pub amplify: u64,
     /// What the document asks for and does not get, or what nobody knows: `key: reason`.
     pub notes: Vec<String>,
+    /// The document itself, for a daemon that takes over; none: the defaults.
+    pub document: Option<Secret>,
+    /// Without a document: the directory that was named for blobs.
+    pub localfs_dir: Option<PathBuf>,
+    /// `IMAGE_PULL_AUTH` applies.
+    pub environment: bool,
 }
 
 impl Config {
@@ -112,13 +119,24 @@ impl Config {
             }
             let text = String::from_utf8(bytes)
                 .map_err(|e| ConfigError::Read(io::Error::new(io::ErrorKind::InvalidData, e)))?;
-            let mut config = Config::parse(&text)?;
-            let auth = std::env::var("IMAGE_PULL_AUTH").ok();
-            network::use_environment(&mut config.backend, auth)?;
+            let config = Config::parse_with_environment(&text)?;
             config.check_paths()?;
             Ok(config)
         };
         load().map_err(|e| ConfigError::File { path: path.to_owned(), source: Box::new(e) })
+    }
+
+    /// As [`Config::parse`]; `IMAGE_PULL_AUTH` in the environment takes the place of `auth`.
+    ///
+    /// # Errors
+    ///
+    /// As there, or the variable makes no sense.
+    pub fn parse_with_environment(text: &str) -> Result<Config, ConfigError> {
+        let mut config = Config::parse(text)?;
+        let auth = std::env::var("IMAGE_PULL_AUTH").ok();
+        network::use_environment(&mut config.backend, auth)?;
+        config.environment = true;
+        Ok(config)
     }
 
     /// Parses a document: JSON if its first character is `{`, TOML otherwise.
@@ -148,7 +166,10 @@ impl Config {
             })?;
             (Form::TomlV2, map)
         };
-        versions::read(form, map).map_err(|e| ConfigError::Document { form, source: Box::new(e) })
+        let mut config = versions::read(form, map)
+            .map_err(|e| ConfigError::Document { form, source: Box::new(e) })?;
+        config.document = Some(Secret::new(text));
+        Ok(config)
     }
 
     /// The config of an image that comes without one: blobs in `localfs_dir`, which may be an OCI image
@@ -178,6 +199,9 @@ impl Config {
             prefetch: Prefetch::default(),
             amplify: DEFAULT_AMPLIFY,
             notes: Vec::new(),
+            document: None,
+            localfs_dir: localfs_dir.map(Path::to_owned),
+            environment: false,
         })
     }
 

@@ -51,7 +51,18 @@ fn version_1(mut top: Table) -> Result<Config, ConfigError> {
         None => Prefetch::default(),
     };
     top.finish(&mut notes);
-    Ok(Config { form: Form::JsonV1, id, backend, work_dir, prefetch, amplify, notes })
+    Ok(Config {
+        form: Form::JsonV1,
+        id,
+        backend,
+        work_dir,
+        prefetch,
+        amplify,
+        notes,
+        document: None,
+        localfs_dir: None,
+        environment: false,
+    })
 }
 
 fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
@@ -97,7 +108,18 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
         rafs.finish(&mut notes);
     }
     top.finish(&mut notes);
-    Ok(Config { form, id, backend, work_dir, prefetch, amplify, notes })
+    Ok(Config {
+        form,
+        id,
+        backend,
+        work_dir,
+        prefetch,
+        amplify,
+        notes,
+        document: None,
+        localfs_dir: None,
+        environment: false,
+    })
 }
 
 fn required_table(parent: &mut Table, key: &str) -> Result<Table, ConfigError> {
