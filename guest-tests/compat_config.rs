@@ -1,4 +1,4 @@
-//! Config documents and where data comes from: statements 46 and 51 to 60 of
+//! Config documents and where data comes from: statements 28, 46 and 51 to 60 of
 //! `docs/compatibility.md`.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
@@ -9,6 +9,7 @@ mod support;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use compat::{KataGo, eventually, rafs, snapshotter_config};
 use daemon::{Daemon, golden, rafsd, scratch};
@@ -48,6 +49,33 @@ fn basic(user: &str, password: &str) -> String {
         Command::new("base64").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     write!(base64.stdin.take().unwrap(), "{user}:{password}").unwrap();
     String::from_utf8(base64.wait_with_output().unwrap().stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn s28_a_mount_does_not_wait_for_what_it_prefetches() {
+    let dir = scratch();
+    let image = Image::build(dir.path(), 2, 400_000, 64 << 10, "none").unwrap();
+    let server = FaultRegistry::start(&image.blobs).unwrap();
+    server.set(Fault::Hang);
+    let (daemon, kata) = start(dir.path());
+    let config = registry(server.host(), &dir.path().join("cache"), json!({}));
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["fs_prefetch"] = json!({"enable": true, "prefetch_all": true, "threads_count": 8,
+        "merging_size": 1_048_576, "bandwidth_rate": 0});
+    let mut body = rafs(&image.bootstrap, &config.to_string());
+    body["prefetch_files"] = json!(["/f0000"]);
+    for _ in 0..3 {
+        let answer = kata.mount("/m", &body);
+        assert_eq!(answer.status, 204, "{answer:?}");
+        assert_eq!(kata.umount("/m").status, 204, "what is prefetched holds nothing up");
+    }
+    assert_eq!(kata.mount("/m", &body).status, 204);
+    let (_vm, mut fuse) = guest(dir.path());
+    assert!(fuse.resolve(b"/m/f0001").is_ok(), "names do not wait either");
+    daemon.signal(libc::SIGTERM);
+    let (status, took, log) = daemon.end();
+    assert_eq!(status.code(), Some(0));
+    assert!(took < Duration::from_millis(500), "{took:?}: {log}");
 }
 
 #[test]

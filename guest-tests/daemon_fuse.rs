@@ -1,6 +1,9 @@
 //! `rafsd fuse`: the host's own kernel as the reader.
 //!
 //! These tests need root and `/dev/fuse`.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
 mod daemon;
 mod support;

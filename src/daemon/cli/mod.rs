@@ -382,7 +382,7 @@ enum Command {
 /// Threads that take requests from the kernel, as in nydusd.
 const DEFAULT_FUSE_THREADS: usize = 4;
 
-/// What libvirt and others ask for; also in `share/qemu/vhost-user/50-rafsd.json`.
+/// What libvirt and others ask for; also in `kata-config/50-rafsd.json`.
 const CAPABILITIES: &str = "{\"type\":\"fs\",\"features\":[\"separate-options\"]}\n";
 
 /// Parses `args`, the program's name first.
@@ -653,7 +653,7 @@ mod tests {
 
     #[test]
     fn the_descriptor_for_managers_says_what_the_program_says() {
-        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/share/qemu/vhost-user/50-rafsd.json");
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/kata-config/50-rafsd.json");
         let text = std::fs::read_to_string(file).unwrap();
         let file: serde_json::Value = serde_json::from_str(&text).unwrap();
         let program: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
