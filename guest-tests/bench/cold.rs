@@ -155,6 +155,7 @@ fn start(
 ) -> Result<Outcome> {
     let mut launch = Launch::new(&program.bootstrap, &program.blobs, dir)
         .backend("registry", json!({"scheme": "http", "host": registry.host(), "repo": "python"}));
+    launch = launch.read_ahead();
     launch.log_level = std::env::var("RAFSD_BENCH_LOG").unwrap_or_else(|_| "warn".into());
     if variant.list {
         launch = launch.arg("--prefetch-files").arg(&program.list);

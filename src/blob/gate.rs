@@ -37,7 +37,7 @@ impl Class {
 }
 
 /// Most that each class may have together with all less urgent ones, in the order of
-/// [`Class::ALL`]. A single larger amount is let through when they have nothing else.
+/// [`Class::ALL`]. A single larger amount is let through when they have nothing else, but for 0.
 pub type Limits = [u64; 4];
 
 /// See the module's documentation.
@@ -122,7 +122,8 @@ impl State {
     fn fits(&self, class: Class, amount: u64) -> bool {
         (0..=class as usize).all(|i| {
             let used: u64 = self.used[i..].iter().sum();
-            used == 0 || used.saturating_add(amount) <= self.limits[i]
+            let alone = used == 0 && self.limits[i] > 0;
+            alone || used.saturating_add(amount) <= self.limits[i]
         })
     }
 
@@ -209,6 +210,8 @@ mod tests {
         let large = try_pass(&gate, Prefetch, 7).expect("alone in its class");
         assert!(try_pass(&gate, Demand, 3).is_some(), "and no bar to others");
         drop(large);
+        gate.set_limits([10, 5, 5, 0]);
+        assert!(try_pass(&gate, Fill, 1).is_none(), "nothing is nothing");
     }
 
     #[tokio::test]

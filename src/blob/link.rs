@@ -21,11 +21,15 @@ use super::gate::{Gate, Limits};
 const MAX_REQUESTS: Limits = [64, 40, 40, 16];
 /// Bandwidth that is assumed before it is measured, in bytes per second.
 const FIRST_BANDWIDTH: u64 = 16 << 20;
-/// Bytes that may be on their way for nobody in particular: two products of latency and bandwidth,
-/// so that the link never runs dry, but within these bounds.
-const LOW_BYTES: std::ops::RangeInclusive<u64> = (1 << 20)..=(16 << 20);
-/// Bytes that filling may have on their way beside demand, at least.
-const FILL_BESIDE_DEMAND: u64 = 128 << 10;
+/// Bytes that may be on their way for nobody in particular, in products of latency and bandwidth:
+/// enough that the link never runs dry while requests begin and end. What was named in advance will
+/// be wanted, so it may have more than what is guessed.
+const LISTED_PRODUCTS: u64 = 4;
+const LOW_PRODUCTS: u64 = 2;
+/// Bounds of both, and what they are before the bandwidth was measured.
+const LOW_BYTES: std::ops::RangeInclusive<u64> = (256 << 10)..=(16 << 20);
+const FIRST_LISTED_BYTES: u64 = 2 << 20;
+const FIRST_LOW_BYTES: u64 = 1 << 20;
 /// A shorter latency is that of this host; nothing is gained by asking early.
 const NEAR: Duration = Duration::from_millis(1);
 /// For so many latencies after the last demand more demand is expected.
@@ -214,10 +218,14 @@ impl Measured {
     }
 
     fn early_limits(&self, demand: bool) -> Limits {
-        let low = (2 * self.product()).clamp(*LOW_BYTES.start(), *LOW_BYTES.end());
-        // Filling can wait: it leaves demand most of the link as long as there is some.
-        let fill = if demand { (self.product() / 2).clamp(FILL_BESIDE_DEMAND, low) } else { low };
-        [u64::MAX, low, low, fill]
+        let bytes = |products: u64, first: u64| match self.bandwidths.values.is_empty() {
+            true => first,
+            false => (products * self.product()).clamp(*LOW_BYTES.start(), *LOW_BYTES.end()),
+        };
+        let low = bytes(LOW_PRODUCTS, FIRST_LOW_BYTES);
+        let listed = bytes(LISTED_PRODUCTS, FIRST_LISTED_BYTES);
+        // Filling can wait: it begins nothing as long as there is demand.
+        [u64::MAX, listed, low, if demand { 0 } else { low }]
     }
 
     /// True if the estimate may have changed.
@@ -328,7 +336,7 @@ mod tests {
         let measured = Measured::default();
         assert_eq!(measured.product(), 0);
         assert_eq!(measured.bandwidth(), FIRST_BANDWIDTH);
-        assert_eq!(measured.early_limits(false), [u64::MAX, MIB, MIB, MIB]);
+        assert_eq!(measured.early_limits(false), [u64::MAX, 2 * MIB, MIB, MIB]);
     }
 
     #[test]
@@ -392,8 +400,8 @@ mod tests {
         }
         assert_eq!(measured.product(), 2 * MIB);
         // (demand, limits)
-        let low = 4 * MIB;
-        let cases = [(false, [u64::MAX, low, low, low]), (true, [u64::MAX, low, low, MIB])];
+        let (listed, low) = (8 * MIB, 4 * MIB);
+        let cases = [(false, [u64::MAX, listed, low, low]), (true, [u64::MAX, listed, low, 0])];
         for (demand, want) in cases {
             assert_eq!(measured.early_limits(demand), want, "{demand}");
         }

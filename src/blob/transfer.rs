@@ -200,6 +200,9 @@ pub struct Pace {
     class: Class,
     /// Of the units that have not come.
     slots: VecDeque<Arc<UnitSlot>>,
+    /// Somebody waited when it was sent, so others give way to it. To one that somebody joined later
+    /// they do not: it was sent among them, and together they use the link best.
+    wanted: bool,
     demand: Option<Demand>,
     /// Once bytes have come.
     stream: Option<Stream>,
@@ -210,6 +213,7 @@ pub struct Pace {
 impl Pace {
     pub fn new(blob: &Blob, class: Class, slots: VecDeque<Arc<UnitSlot>>) -> Pace {
         Pace {
+            wanted: class == Class::Demand,
             demand: (class == Class::Demand).then(|| blob.link.demand()),
             link: blob.link.clone(),
             class,
@@ -226,10 +230,7 @@ impl Pace {
             && self.slots.iter().any(|slot| slot.class() == Class::Demand)
         {
             self.class = Class::Demand;
-            let demand = self.demand.insert(self.link.demand());
-            if self.stream.is_some() {
-                demand.streams();
-            }
+            self.demand = Some(self.link.demand());
         }
         self.class
     }
@@ -268,7 +269,7 @@ impl Pace {
             None => {
                 self.link.answered(self.sent.elapsed());
                 self.stream = Some(self.link.stream());
-                if let Some(demand) = &mut self.demand {
+                if let Some(demand) = self.demand.as_mut().filter(|_| self.wanted) {
                     demand.streams();
                 }
             }
