@@ -2,7 +2,6 @@
 //!
 //! These tests need root and `/dev/fuse`.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
-#![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
 mod daemon;
 mod support;

@@ -4,7 +4,6 @@
 //!
 //! They need root: a daemon that shares a directory acts as the guest's users, and the host mounts.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
-#![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
 mod support {
     // Each test program uses its own part of these.
