@@ -235,10 +235,15 @@ fn start_device(
         Sockets::give_to_group(path, group)?;
     }
     let listener = Listener::from_socket(socket).map_err(system)?;
-    let config = DeviceConfig { tag: options.tag.clone(), request_queues: options.request_queues };
+    let config = DeviceConfig {
+        tag: options.tag.clone(),
+        request_queues: options.request_queues,
+        window: options.dax.window,
+    };
     let mounts = Arc::clone(status.mounted().table());
     let server = ServerOptions { writeback: options.writeback, ..ServerOptions::default() };
-    let device = Device::new(config, mounts, server, runtime.handle().clone())?;
+    let device =
+        Device::new(config, mounts, server, options.dax.options, runtime.handle().clone())?;
     status.set_device(device.counters());
     status.set_state(State::Ready);
     let serving = Arc::clone(context);

@@ -199,10 +199,10 @@ impl Daemon {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
         let world = Arc::new(World::default());
-        let config = DeviceConfig { tag: "toy".to_owned(), request_queues };
+        let config = DeviceConfig { tag: "toy".to_owned(), request_queues, window: None };
         let device = Device::with_service(config, runtime.handle().clone(), {
             let world = Arc::clone(&world);
-            move || {
+            move |_| {
                 world.services.fetch_add(1, Ordering::SeqCst);
                 Toy(Arc::clone(&world))
             }

@@ -9,6 +9,7 @@
 
 pub mod abi;
 mod counters;
+mod dax;
 mod file_system;
 mod host;
 mod known;
@@ -18,6 +19,7 @@ mod mounts;
 mod passthrough;
 mod pseudo;
 mod rafs_fs;
+mod rafs_map;
 mod rafs_read;
 mod reply;
 mod request;
@@ -27,6 +29,10 @@ mod wait;
 mod zeros;
 
 pub use counters::{OPCODES, OpTotals, TIMES, Times, opcode_name, serve_queue};
+pub use dax::{
+    DaxCounters, DaxOptions, DaxPolicy, MAX_PRIVATE_WINDOW, MAX_SHARED_WINDOW, MIN_WINDOW,
+    MapError, SharedMemory,
+};
 pub use host::{Ended, HostMount, HostSession, MountHostError, is_mounted};
 pub use mount_path::{MountPath, PathError};
 pub use mounts::{AnyFs, MountError, Mounts};
