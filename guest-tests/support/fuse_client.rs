@@ -505,6 +505,10 @@ impl Fuse {
         self.call_fixed(op::LOOKUP, parent, &[name, b"\0"])
     }
 
+    pub fn submit_lookup(&mut self, parent: u64, name: &[u8]) -> Option<Ticket> {
+        self.submit(op::LOOKUP, parent, &[name, b"\0"], size_of::<EntryOut>())
+    }
+
     /// LOOKUP of each component of an absolute path, from the root.
     pub fn resolve(&mut self, path: &[u8]) -> FuseResult<u64> {
         let mut node = ROOT_ID;
