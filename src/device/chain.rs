@@ -5,9 +5,13 @@
 //! a `Chain`, with what was gathered before the fault: its head can be given back and, if a header
 //! and room for an answer were there, answered.
 
+use std::sync::Arc;
+
 use smallvec::SmallVec;
-use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion, VolatileSlice,
+};
 
 use super::memory::GuestMemory;
 
@@ -92,6 +96,28 @@ impl Chain {
             Some(false) => None,
         };
         chain
+    }
+
+    /// Follows a chain of `queue` that was taken earlier, perhaps by another process. `None` if that
+    /// cannot be.
+    ///
+    /// Only what the available ring names can be followed, so it is followed from a ring of one
+    /// entry in a page that this guest has not got.
+    pub(super) fn again(head: u16, queue: &Queue, guest: &GuestMemory) -> Option<Chain> {
+        const PAGE: usize = 4096;
+        let last = guest.last_addr().raw_value();
+        let ring = GuestAddress((last | (PAGE as u64 - 1)).checked_add(1)?);
+        let page = GuestRegionMmap::new(MmapRegion::new(PAGE).ok()?, ring)?;
+        let memory = guest.insert_region(Arc::new(page)).ok()?;
+        // Flags, index, the entry: little-endian.
+        memory.write_obj([0, 1u16.to_le(), head.to_le()], ring).ok()?;
+        let mut one = Queue::new(queue.max_size()).ok()?;
+        one.try_set_size(queue.size()).ok()?;
+        one.try_set_desc_table_address(GuestAddress(queue.desc_table())).ok()?;
+        one.try_set_avail_ring_address(ring).ok()?;
+        one.set_ready(true);
+        let descriptors = one.iter(&memory).ok()?.next()?;
+        (descriptors.head_index() < queue.size()).then(|| Chain::walk(descriptors))
     }
 
     /// Index of the chain's first descriptor, by which it is given back. Any number: the guest

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -26,6 +26,7 @@ use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 use super::chain::{Chain, Fault};
 use super::counters::{Complaint, Complaints, Counters, count};
 use super::held::{Held, HeldTable, Inbox, Note};
+use super::inflight::Record;
 use super::memory::{GuestMemory, Memory};
 use super::parked::{Listed, ParkedRequest};
 use super::{Outcome, Serve, Wait};
@@ -106,11 +107,38 @@ pub(super) enum Kick {
     Polling,
 }
 
+/// What a worker is told to do; more than one may be told, the later one counts.
+#[derive(Debug, Default)]
+pub(super) struct Order(AtomicU8);
+
+impl Order {
+    /// End after the request that is being served.
+    pub(super) fn halt(&self) {
+        self.0.fetch_max(1, Ordering::Release);
+    }
+
+    /// The ring is somebody else's from now on: do not even answer that request.
+    pub(super) fn abandon(&self) {
+        self.0.fetch_max(2, Ordering::Release);
+    }
+
+    fn to_halt(&self) -> bool {
+        self.0.load(Ordering::Acquire) >= 1
+    }
+
+    fn to_abandon(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == 2
+    }
+}
+
 /// The thread of a started ring.
 pub(super) struct Worker<S: Serve> {
     shared: Arc<Shared<S>>,
+    order: Arc<Order>,
     queue: Queue,
     held: HeldTable<S::Request>,
+    /// Where the chains that are taken and not given back are noted, if the VMM wants that.
+    record: Option<Record>,
     /// Generation of the memory for which `usable` was found.
     checked: Option<u64>,
     /// Whether the ring lies in the guest's memory.
@@ -129,12 +157,21 @@ pub(super) struct Worker<S: Serve> {
 
 impl<S: Serve> Worker<S> {
     /// A worker for `queue`, which must be ready but need not lie in the guest's memory, and for
-    /// the requests of this ring that were held when it last stopped.
-    pub(super) fn new(shared: Arc<Shared<S>>, queue: Queue, held: HeldTable<S::Request>) -> Self {
+    /// the requests of this ring that were held when it last stopped; `record` says that these are
+    /// in flight and no others.
+    pub(super) fn new(
+        shared: Arc<Shared<S>>,
+        order: Arc<Order>,
+        queue: Queue,
+        held: HeldTable<S::Request>,
+        record: Option<Record>,
+    ) -> Self {
         Worker {
             shared,
+            order,
             queue,
             held,
+            record,
             checked: None,
             usable: false,
             jumped_from: None,
@@ -146,8 +183,9 @@ impl<S: Serve> Worker<S> {
         }
     }
 
-    /// Works until `stop` is set and the inbox wakes it; then returns what is needed to go on later.
-    pub(super) fn run(mut self, kick: &Kick, stop: &AtomicBool) -> (Queue, HeldTable<S::Request>) {
+    /// Works until it is told to halt and the inbox wakes it; then returns what is needed to go on
+    /// later.
+    pub(super) fn run(mut self, kick: &Kick) -> (Queue, HeldTable<S::Request>) {
         let shared = Arc::clone(&self.shared);
         shared.service.enter(shared.index);
         let mut doorbell = match Doorbell::new(kick, shared.inbox().wake_fd()) {
@@ -157,8 +195,8 @@ impl<S: Serve> Worker<S> {
                 None
             }
         };
-        while !stop.load(Ordering::Acquire) {
-            if self.turn(stop) {
+        while !self.order.to_halt() {
+            if self.turn() {
                 continue;
             }
             match &mut doorbell {
@@ -171,26 +209,34 @@ impl<S: Serve> Worker<S> {
 
     /// Serves what is there, up to a batch. False if there is nothing more to do before the doorbell
     /// rings.
-    fn turn(&mut self, stop: &AtomicBool) -> bool {
+    fn turn(&mut self) -> bool {
         let memory = self.shared.memory.load_full();
         if !self.check(&memory) {
             return false;
         }
         let guest = memory.guest();
         self.read_notes(guest);
+        while let Some(head) = self.held.next_again() {
+            self.serve_again(&memory, head);
+        }
         if self.queue.disable_notification(guest).is_err() {
             self.forget_check();
             return false;
         }
         let mut taken = 0;
         let mut end = End::Batch;
-        while taken < BATCH && !stop.load(Ordering::Relaxed) {
+        while taken < BATCH && !self.order.to_halt() {
             if self.held.len() >= usize::from(self.queue.size()) {
                 end = End::Full;
                 break;
             }
             match self.pop(guest) {
-                Popped::Head(chain) => self.serve(&memory, Chain::walk(chain)),
+                Popped::Head(chain) => {
+                    if let Some(record) = &mut self.record {
+                        record.taken(chain.head_index());
+                    }
+                    self.serve(&memory, Chain::walk(chain));
+                }
                 Popped::Nonsense => {}
                 Popped::Nothing => {
                     end = End::Drained;
@@ -332,6 +378,15 @@ impl<S: Serve> Worker<S> {
         }
     }
 
+    /// Serves a chain that was taken before this worker began.
+    #[cold]
+    fn serve_again(&mut self, memory: &Arc<Memory>, head: u16) {
+        match Chain::again(head, &self.queue, memory.guest()) {
+            Some(chain) => self.serve(memory, chain),
+            None => log::error!("queue {}: chain {head} cannot be followed", self.shared.index),
+        }
+    }
+
     #[cold]
     fn refuse_chain(
         &mut self,
@@ -419,8 +474,19 @@ impl<S: Serve> Worker<S> {
 
     /// Puts a chain into the used ring, with the number of bytes that were written to it.
     fn give_back(&mut self, guest: &GuestMemory, chain: &Chain, len: u32) {
-        match self.queue.add_used(guest, chain.head(), len) {
+        let head = chain.head();
+        if self.order.to_abandon() {
+            return;
+        }
+        if let Some(record) = &self.record {
+            record.keep_agreed(self.shared.service.agreed());
+            record.giving(head, self.queue.next_used());
+        }
+        match self.queue.add_used(guest, head, len) {
             Ok(()) => {
+                if let Some(record) = &self.record {
+                    record.given(head, self.queue.next_used());
+                }
                 self.unsignalled += 1;
                 self.unsignalled_bytes = self.unsignalled_bytes.saturating_add(len);
             }
