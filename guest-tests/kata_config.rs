@@ -3,6 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
 mod kata;
+mod support {
+    // Each test program uses its own part of these.
+    #![allow(dead_code)]
+    pub mod parts;
+}
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -13,6 +18,7 @@ use std::process::{Command, Stdio};
 use kata::{
     KATA, KINDS, Runtime, Settings, Vmm, install, installer, make_node, repository, snapshot,
 };
+use support::parts::{Parts, run};
 use toml::Table;
 
 /// Keys of Kata's table of a hypervisor that are about the shared directory.
@@ -127,6 +133,50 @@ fn a_runtime_class_leads_to_its_configuration() {
         assert!(classes.contains(&class), "{classes}");
     }
     assert!(KINDS.iter().any(|kind| pod.contains(&format!("runtimeClassName: {}\n", kind.class))));
+}
+
+/// containerd itself says what it has read: 1.7 of the file alone, 2.1 of what it imports beside settings of the node.
+#[test]
+fn containerd_reads_the_handlers() {
+    let parts = Parts::install(&["containerd-1", "containerd-2"]).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let dump = |part: &str, config: &Path| -> Table {
+        let mut command = Command::new(parts.path(part).unwrap().join("containerd"));
+        let said = run(command.arg("--config").arg(config).args(["config", "dump"])).unwrap();
+        String::from_utf8(said).unwrap().parse().unwrap()
+    };
+    let v3 = scratch.path().join("config.toml");
+    let imports = repository().join("kata-config/containerd/kata-v3.toml");
+    let text = format!(
+        "version = 3\nimports = [\"{}\"]\n\
+         [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.mine]\n\
+         runtime_type = \"io.containerd.mine.v2\"\n",
+        imports.display()
+    );
+    fs::write(&v3, text).unwrap();
+    let v2 = repository().join("kata-config/containerd/kata-v2.toml");
+    let (one, two) = (dump("containerd_1", &v2), dump("containerd_2", &v3));
+    let images = &two["plugins"]["io.containerd.cri.v1.images"];
+    let two_runtimes = &two["plugins"]["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"];
+    let one_images = &one["plugins"]["io.containerd.grpc.v1.cri"]["containerd"];
+    assert_eq!(two_runtimes["mine"]["runtime_type"].as_str(), Some("io.containerd.mine.v2"));
+    for (all, runtimes, images) in
+        [(&one, &one_images["runtimes"], one_images), (&two, two_runtimes, images)]
+    {
+        assert_eq!(all["proxy_plugins"]["nydus"]["type"].as_str(), Some("snapshot"));
+        assert_eq!(images["disable_snapshot_annotations"].as_bool(), Some(false));
+        assert_eq!(images["discard_unpacked_layers"].as_bool(), Some(false));
+        for kind in KINDS {
+            let runtime = &runtimes[kind.class];
+            assert_eq!(runtime["snapshotter"].as_str(), Some("nydus"));
+            let path = format!("/{}/configuration.toml", kind.dir());
+            assert_eq!(runtime["options"]["ConfigPath"].as_str(), Some(&*path));
+        }
+    }
+    for kind in KINDS {
+        let platform = &images["runtime_platforms"][kind.class];
+        assert_eq!(platform["snapshotter"].as_str(), Some("nydus"), "{kind:?}");
+    }
 }
 
 #[test]
