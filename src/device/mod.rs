@@ -21,6 +21,7 @@ mod queue;
 mod ring;
 mod session;
 mod socket;
+mod split;
 mod stop;
 #[cfg(test)]
 mod testing;

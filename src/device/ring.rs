@@ -12,14 +12,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{Address, GuestAddress};
 
 use super::Serve;
 use super::counters::Complaint;
 use super::held::HeldTable;
 use super::memory::Memory;
 use super::queue::{Kick, Shared, Worker};
+use super::split::SplitRing;
 
 /// Longest ring we take, in descriptors.
 pub(super) const MAX_SIZE: u16 = 1024;
@@ -44,18 +43,18 @@ struct Place {
 }
 
 impl Place {
-    fn of(queue: &Queue) -> Place {
+    fn of(ring: &SplitRing) -> Place {
         Place {
-            size: queue.size(),
-            parts: [queue.desc_table(), queue.avail_ring(), queue.used_ring()],
-            next_avail: queue.next_avail(),
-            next_used: queue.next_used(),
+            size: ring.size(),
+            parts: ring.addresses(),
+            next_avail: ring.next_avail(),
+            next_used: ring.next_used(),
         }
     }
 }
 
 /// What a thread returns of its ring.
-type Remains<S> = (Queue, HeldTable<<S as Serve>::Request>);
+type Remains<S> = (SplitRing, HeldTable<<S as Serve>::Request>);
 
 enum State<S: Serve> {
     /// `held` belongs to the ring as it stood at `place`.
@@ -256,26 +255,11 @@ fn prepare(
     addresses: Addresses,
     base: u16,
     event_idx: bool,
-) -> Option<Queue> {
-    let mut queue = Queue::new(MAX_SIZE).ok()?;
-    queue.try_set_size(size).ok()?;
+) -> Option<SplitRing> {
     let part = |addr| memory.guest_addr(addr);
-    queue.try_set_desc_table_address(part(addresses.descriptors)?).ok()?;
-    let available = part(addresses.available)?;
-    // The queue takes address 0 for "not set".
-    queue.try_set_avail_ring_address(nonzero(available)?).ok()?;
-    queue.try_set_used_ring_address(part(addresses.used)?).ok()?;
-    queue.set_event_idx(event_idx);
-    queue.set_ready(true);
-    if !queue.is_valid(memory.guest()) {
-        return None;
-    }
-    queue.set_next_avail(base);
-    let used = queue.used_idx(memory.guest(), Ordering::Acquire).ok()?;
-    queue.set_next_used(used.0);
-    Some(queue)
-}
-
-fn nonzero(addr: GuestAddress) -> Option<GuestAddress> {
-    (addr.raw_value() != 0).then_some(addr)
+    let parts = [part(addresses.descriptors)?, part(addresses.available)?, part(addresses.used)?];
+    let mut ring = SplitRing::new(size, parts, event_idx, base)?;
+    let found = ring.parts(memory)?;
+    ring.resume_used(&found.view()?);
+    Some(ring)
 }
