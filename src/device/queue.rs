@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption, Cache};
 use rustix::event::{Timespec, epoll};
@@ -54,6 +54,8 @@ pub(super) struct Shared<S: Serve> {
     pub counters: Arc<Counters>,
     pub complaints: Arc<Complaints>,
     pub runtime: Handle,
+    /// How long to look for the next request before sleeping; zero: not at all.
+    pub busy_poll: Duration,
 }
 
 impl<S: Serve> Shared<S> {
@@ -214,7 +216,33 @@ impl<S: Serve> Worker<S> {
             // The next note wakes us.
             End::Full => false,
             // The guest may have added something before it could see that we want to be told again.
-            End::Drained => self.ring.enable_kicks(&view),
+            End::Drained => self.linger(&view, stop) || self.ring.enable_kicks(&view),
+        }
+    }
+
+    /// Looks for something to do for as long as the ring is to be polled; the guest need not kick
+    /// meanwhile. False if nothing came.
+    fn linger(&self, view: &View<'_>, stop: &AtomicBool) -> bool {
+        /// Looks at the ring between two looks at the clock.
+        const LOOKS: u32 = 64;
+        let limit = self.shared.busy_poll;
+        if limit.is_zero() {
+            return false;
+        }
+        let begin = Instant::now();
+        loop {
+            for _ in 0..LOOKS {
+                if self.ring.has_more(view)
+                    || self.shared.inbox().has_notes()
+                    || stop.load(Ordering::Relaxed)
+                {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if begin.elapsed() >= limit {
+                return false;
+            }
         }
     }
 
