@@ -14,6 +14,7 @@ mod chain;
 mod counters;
 mod fuse_service;
 mod held;
+mod inflight;
 mod intake;
 mod memory;
 mod parked;
@@ -56,6 +57,17 @@ pub trait Serve: Send + Sync + 'static {
 
     /// Called first on each thread that serves a queue; 0 is the queue for urgent requests.
     fn enter(&self, _queue: u16) {}
+
+    /// What has been agreed with the guest, for a service of another process that goes on with it;
+    /// 0 if nothing has. Asked for each request, so it has to be cheap.
+    fn agreed(&self) -> u64 {
+        0
+    }
+
+    /// Goes on with what another process [`Self::agreed`] on. The error says why that cannot be.
+    fn resume(&self, _agreed: u64) -> Result<(), &'static str> {
+        Ok(())
+    }
 
     /// Reads a request from the bytes a guest sent: any bytes, of any length. The error is an errno.
     fn parse(&self, bytes: &[u8]) -> Result<Self::Request, i32>;

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption, Cache};
@@ -24,6 +24,7 @@ use vm_memory::VolatileSlice;
 use super::chain::{Chain, Fault};
 use super::counters::{Complaint, Complaints, Counters, count};
 use super::held::{Held, HeldTable, Inbox, Note};
+use super::inflight::Record;
 use super::memory::Memory;
 use super::parked::{Listed, ParkedRequest};
 use super::split::{Jump, Parts, SplitRing, View};
@@ -107,11 +108,38 @@ pub(super) enum Kick {
     Polling,
 }
 
+/// What a worker is told to do; more than one may be told, the later one counts.
+#[derive(Debug, Default)]
+pub(super) struct Order(AtomicU8);
+
+impl Order {
+    /// End after the request that is being served.
+    pub(super) fn halt(&self) {
+        self.0.fetch_max(1, Ordering::Release);
+    }
+
+    /// The ring is somebody else's from now on: do not even answer that request.
+    pub(super) fn abandon(&self) {
+        self.0.fetch_max(2, Ordering::Release);
+    }
+
+    fn to_halt(&self) -> bool {
+        self.0.load(Ordering::Acquire) >= 1
+    }
+
+    fn to_abandon(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == 2
+    }
+}
+
 /// The thread of a started ring.
 pub(super) struct Worker<S: Serve> {
     shared: Arc<Shared<S>>,
+    order: Arc<Order>,
     ring: SplitRing,
     held: HeldTable<S::Request>,
+    /// Where the chains that are taken and not given back are noted, if the VMM wants that.
+    record: Option<Record>,
     /// Generation of the memory in which the ring was last not found.
     checked: Option<u64>,
     /// Where the ring stood before an available index that could not be.
@@ -128,16 +156,21 @@ pub(super) struct Worker<S: Serve> {
 
 impl<S: Serve> Worker<S> {
     /// A worker for `ring`, which need not lie in the guest's memory, and for the requests of this
-    /// ring that were held when it last stopped.
+    /// ring that were held when it last stopped; `record` says that these are in flight and no
+    /// others.
     pub(super) fn new(
         shared: Arc<Shared<S>>,
+        order: Arc<Order>,
         ring: SplitRing,
         held: HeldTable<S::Request>,
+        record: Option<Record>,
     ) -> Self {
         Worker {
             shared,
+            order,
             ring,
             held,
+            record,
             checked: None,
             jumped_from: None,
             unsignalled: 0,
@@ -148,12 +181,9 @@ impl<S: Serve> Worker<S> {
         }
     }
 
-    /// Works until `stop` is set and the inbox wakes it; then returns what is needed to go on later.
-    pub(super) fn run(
-        mut self,
-        kick: &Kick,
-        stop: &AtomicBool,
-    ) -> (SplitRing, HeldTable<S::Request>) {
+    /// Works until it is told to halt and the inbox wakes it; then returns what is needed to go on
+    /// later.
+    pub(super) fn run(mut self, kick: &Kick) -> (SplitRing, HeldTable<S::Request>) {
         let shared = Arc::clone(&self.shared);
         shared.service.enter(shared.index);
         let mut doorbell = match Doorbell::new(kick, shared.inbox().wake_fd()) {
@@ -164,8 +194,8 @@ impl<S: Serve> Worker<S> {
             }
         };
         let mut memory = Cache::new(Arc::clone(&shared.memory));
-        while !stop.load(Ordering::Acquire) {
-            if self.turn(memory.load(), stop) {
+        while !self.order.to_halt() {
+            if self.turn(memory.load()) {
                 continue;
             }
             match &mut doorbell {
@@ -178,21 +208,29 @@ impl<S: Serve> Worker<S> {
 
     /// Serves what is there, up to a batch. False if there is nothing more to do before the doorbell
     /// rings.
-    fn turn(&mut self, memory: &Arc<Memory>, stop: &AtomicBool) -> bool {
+    fn turn(&mut self, memory: &Arc<Memory>) -> bool {
         let parts = self.ring.parts(memory);
         let view = parts.as_ref().and_then(Parts::view);
         let Some(view) = self.check(memory, view) else { return false };
         self.read_notes(&view);
+        while let Some(head) = self.held.next_again() {
+            self.serve(&view, memory, head);
+        }
         self.ring.disable_kicks(&view);
         let mut taken = 0;
         let mut end = End::Batch;
-        while taken < BATCH && !stop.load(Ordering::Relaxed) {
+        while taken < BATCH && !self.order.to_halt() {
             if self.held.len() >= usize::from(self.ring.size()) {
                 end = End::Full;
                 break;
             }
             match self.pop(&view) {
-                Popped::Head(head) => self.serve(&view, memory, head),
+                Popped::Head(head) => {
+                    if let Some(record) = &mut self.record {
+                        record.taken(head);
+                    }
+                    self.serve(&view, memory, head);
+                }
                 Popped::Nonsense => {}
                 Popped::Nothing => {
                     end = End::Drained;
@@ -216,13 +254,13 @@ impl<S: Serve> Worker<S> {
             // The next note wakes us.
             End::Full => false,
             // The guest may have added something before it could see that we want to be told again.
-            End::Drained => self.linger(&view, stop) || self.ring.enable_kicks(&view),
+            End::Drained => self.linger(&view) || self.ring.enable_kicks(&view),
         }
     }
 
     /// Looks for something to do for as long as the ring is to be polled; the guest need not kick
     /// meanwhile. False if nothing came.
-    fn linger(&self, view: &View<'_>, stop: &AtomicBool) -> bool {
+    fn linger(&self, view: &View<'_>) -> bool {
         /// Looks at the ring between two looks at the clock.
         const LOOKS: u32 = 64;
         let limit = self.shared.busy_poll;
@@ -234,7 +272,7 @@ impl<S: Serve> Worker<S> {
             for _ in 0..LOOKS {
                 if self.ring.has_more(view)
                     || self.shared.inbox().has_notes()
-                    || stop.load(Ordering::Relaxed)
+                    || self.order.to_halt()
                 {
                     return true;
                 }
@@ -427,7 +465,18 @@ impl<S: Serve> Worker<S> {
 
     /// Puts a chain into the used ring, with the number of bytes that were written to it.
     fn give_back(&mut self, view: &View<'_>, chain: &Chain, len: u32) {
-        self.ring.give_back(view, chain.head(), len);
+        let head = chain.head();
+        if self.order.to_abandon() {
+            return;
+        }
+        if let Some(record) = &self.record {
+            record.keep_agreed(self.shared.service.agreed());
+            record.giving(head, self.ring.next_used());
+        }
+        self.ring.give_back(view, head, len);
+        if let Some(record) = &self.record {
+            record.given(head, self.ring.next_used());
+        }
         self.unsignalled += 1;
         self.unsignalled_bytes = self.unsignalled_bytes.saturating_add(len);
     }

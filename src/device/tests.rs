@@ -16,6 +16,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::testing::*;
 
+mod inflight;
+
 #[test]
 fn requests_are_answered_on_every_queue() {
     let daemon = Daemon::start(3);
