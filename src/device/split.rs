@@ -272,7 +272,7 @@ mod tests {
         ring.give_back(&view, 3, 0);
         ring.give_back(&view, 0, 5);
         let used = memory.slice(GuestAddress(USED + 2), 34).unwrap();
-        let mut bytes = [0; 34];
+        let mut bytes = [0u8; 34];
         used.copy_to(&mut bytes[..]);
         let mut want = [0; 34];
         want[0] = 1; // the index
@@ -337,7 +337,7 @@ mod tests {
             (4, at([8, 0x1000, 0x2000]), false, false),
             (4, at([0, 0x1001, 0x2000]), false, false),
             (4, at([0, 0x1000, 0x2002]), false, false),
-            (4, at([0, 0x1000, 0x2fd8]), true, false),
+            (4, at([0, 0x1000, 0x2fdc]), true, false),
             (4, at([0, u64::MAX - 1, 0x2000]), true, false),
             (1024, at([0, 0x1000, 0x2000]), true, false),
         ];
