@@ -1,310 +1,107 @@
-//! Benchmarks: what a guest waits for, measured from our own front end, medians of several runs.
+//! Benchmarks: what a guest waits for, of rafsd and its peers, measured from our own front end.
 //!
-//! Run by `scripts/bench`. A [`Workload`] measures one contender once per call; the program runs the
-//! contenders of a workload alternating, so that a change of the machine's mood hits all of them.
-//! The load generator shares the machine with the daemon: compare ratios and CPU time, not wishes.
+//! Run by `scripts/bench`. Daemons and limits take turns within each workload; what comes out are medians, how far
+//! runs were apart, and ratios. The load generator shares the machine with the daemon, so the CPU time that a daemon
+//! needs for a request says more than how many requests it answers. A run of everything writes its results into
+//! `docs/benchmarks.md`.
 
 #[path = "bench/cold.rs"]
 mod cold;
+#[path = "bench/growth.rs"]
+mod growth;
+#[path = "bench/limits.rs"]
+mod limits;
+#[path = "bench/load.rs"]
+mod load;
+#[path = "bench/report.rs"]
+mod report;
+#[path = "bench/subject.rs"]
+mod subject;
 mod support;
+#[path = "bench/warm.rs"]
+mod warm;
 
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use comfy_table::{CellAlignment, Table};
-use support::daemon::{Daemon, Launch};
-use support::frontend::{Vm, VmConfig};
-use support::fuse_abi::ROOT_ID;
-use support::fuse_client::{Fuse, Shape};
-use support::image::create;
-use support::rng::Rng;
-use support::say;
 
-/// Measures rafsd with a front end of its own and prints tables of medians.
+use subject::Tree;
+use support::parts::{Parts, run};
+use support::say;
+use warm::{WARM, Warm};
+
+/// Measures rafsd, its peers and the limits of this machine, in turns, and prints tables of medians.
 #[derive(Parser)]
 struct Args {
-    /// Runs per workload; the table shows medians and the spread from the best to the worst run.
-    #[arg(long, default_value_t = 7)]
-    runs: usize,
-    /// Numbers of files of the images, one row of the mount table each.
-    #[arg(long, value_delimiter = ',', default_value = "1000,10000,100000")]
-    files: Vec<usize>,
-    /// Seconds per run of the workloads that last a while.
-    #[arg(long, default_value_t = 1.0)]
-    seconds: f64,
-    /// Only workloads whose name contains this.
+    /// Two minutes for a change at hand: fewer workloads, three runs, nothing is written to docs/.
+    #[arg(long)]
+    quick: bool,
+    /// Only sections whose name contains this; nothing is written to docs/.
     #[arg(long, default_value = "")]
     only: String,
+    /// Runs of each contender (default 5, quick 3).
+    #[arg(long)]
+    runs: Option<usize>,
+    /// Seconds per run of the workloads that last as long as one wants (default 0.4, quick 0.3).
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Numbers of files of the generated images (default 10000,100000,1000000, quick 10000).
+    #[arg(long, value_delimiter = ',')]
+    files: Option<Vec<usize>>,
     /// Passed by `cargo bench`; changes nothing.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
-/// What one run measured: name, unit and value per column.
-type Measures = Vec<(&'static str, f64)>;
-
-/// A daemon that can be measured, and the tree it serves.
-struct Contender {
-    name: String,
-    launch: Launch,
-    files: usize,
+/// How to measure.
+pub struct Settings {
+    pub quick: bool,
+    pub only: String,
+    pub runs: usize,
+    /// Of a run that lasts as long as one wants.
+    pub time: Duration,
+    pub files: Vec<usize>,
 }
 
-struct Workload {
-    name: &'static str,
-    /// What is measured, for the reader of the table.
-    what: &'static str,
-    run: fn(&Contender, Duration) -> Result<Measures>,
-    /// Run on the largest image only.
-    largest_only: bool,
-}
-
-const WORKLOADS: [Workload; 6] = [
-    Workload {
-        name: "mount",
-        what: "from exec to the first answer, cache directory empty, page cache warm",
-        run: mount,
-        largest_only: false,
-    },
-    Workload {
-        name: "walk",
-        what: "READDIRPLUS of the whole tree, one request at a time",
-        run: walk,
-        largest_only: false,
-    },
-    Workload {
-        name: "getattr-1",
-        what: "GETATTR, depth 1, sleeping in between as a guest does",
-        run: |contender, time| requests(contender, time, 1, Kind::Getattr),
-        largest_only: true,
-    },
-    Workload {
-        name: "getattr-8",
-        what: "GETATTR, depth 8",
-        run: |contender, time| requests(contender, time, 8, Kind::Getattr),
-        largest_only: true,
-    },
-    Workload {
-        name: "read-1",
-        what: "warm READ of small files, depth 1",
-        run: |contender, time| requests(contender, time, 1, Kind::Read),
-        largest_only: true,
-    },
-    Workload {
-        name: "read-32",
-        what: "warm READ of small files, depth 32",
-        run: |contender, time| requests(contender, time, 32, Kind::Read),
-        largest_only: true,
-    },
-];
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
-}
-
-fn mib(kib: u64) -> f64 {
-    kib as f64 / 1024.0
-}
-
-/// A guest that has said INIT.
-fn guest(daemon: &Daemon) -> Result<(Vm, Fuse)> {
-    let mut vm = daemon.boot(VmConfig::default())?;
-    let mut fuse = vm.fuse(1);
-    fuse.shape = Shape::Linux;
-    fuse.init()?;
-    Ok((vm, fuse))
-}
-
-fn mount(contender: &Contender, _: Duration) -> Result<Measures> {
-    let _ = fs::remove_dir_all(&contender.launch.work_dir);
-    let start = Instant::now();
-    let daemon = contender.launch.spawn()?;
-    let listening = start.elapsed();
-    let (_vm, mut fuse) = guest(&daemon)?;
-    let init = start.elapsed();
-    fuse.lookup(ROOT_ID, b"d00000").context("the first LOOKUP")?;
-    let answer = start.elapsed();
-    let usage = daemon.usage();
-    Ok(vec![
-        ("socket ms", ms(listening)),
-        ("INIT ms", ms(init)),
-        ("first LOOKUP ms", ms(answer)),
-        ("RSS MiB", mib(usage.rss_kib)),
-        ("anonymous MiB", mib(usage.anon_kib)),
-        ("CPU ms", ms(daemon.cpu_time())),
-    ])
-}
-
-fn walk(contender: &Contender, _: Duration) -> Result<Measures> {
-    let daemon = contender.launch.spawn()?;
-    let (_vm, mut fuse) = guest(&daemon)?;
-    let (start, cpu) = (Instant::now(), daemon.cpu_time());
-    let mut todo = vec![ROOT_ID];
-    let mut entries = 0u64;
-    while let Some(node) = todo.pop() {
-        for item in fuse.list(node, 128 << 10, true)? {
-            entries += 1;
-            if item.kind == libc::S_IFDIR >> 12 && item.name != b"." && item.name != b".." {
-                todo.push(item.entry.context("READDIRPLUS")?.nodeid);
-            }
-        }
-    }
-    let took = start.elapsed();
-    let cpu = daemon.cpu_time() - cpu;
-    Ok(vec![
-        ("entries/s", entries as f64 / took.as_secs_f64()),
-        ("ms", ms(took)),
-        ("CPU µs/entry", cpu.as_secs_f64() * 1e6 / entries as f64),
-        ("RSS MiB", mib(daemon.usage().rss_kib)),
-    ])
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    Getattr,
-    Read,
-}
-
-fn requests(contender: &Contender, time: Duration, depth: usize, kind: Kind) -> Result<Measures> {
-    let daemon = contender.launch.spawn()?;
-    let (_vm, mut fuse) = guest(&daemon)?;
-    let mut rng = Rng::new(1);
-    let mut nodes = Vec::new();
-    for _ in 0..2000 {
-        let path = path_of(rng.index(contender.files));
-        nodes.push(fuse.resolve(path.as_bytes())?);
-    }
-    for &node in nodes.iter().filter(|_| kind == Kind::Read) {
-        fuse.read(node, 0, 0, 4096)?;
-    }
-    let cpu = daemon.cpu_time();
-    let start = Instant::now();
-    let (mut done, mut flying) = (0u64, 0);
-    let mut waits = Vec::new();
-    let mut sent = Instant::now();
-    while start.elapsed() < time {
-        while flying < depth {
-            let node = nodes[rng.index(nodes.len())];
-            let ticket = match kind {
-                Kind::Getattr => fuse.submit_getattr(node),
-                Kind::Read => fuse.submit_read(node, 0, 0, 4096),
-            };
-            ticket.context("the ring is full")?;
-            flying += 1;
-            sent = Instant::now();
-        }
-        fuse.flush();
-        let mut next = Some(fuse.complete(Instant::now() + Duration::from_secs(10))?);
-        while let Some(reply) = next {
-            reply.result()?;
-            fuse.recycle(reply);
-            flying -= 1;
-            done += 1;
-            if depth == 1 {
-                waits.push(sent.elapsed());
-            }
-            next = fuse.try_complete()?;
-        }
-    }
-    let took = start.elapsed();
-    let cpu = daemon.cpu_time() - cpu;
-    let mut measures = vec![
-        ("requests/s", done as f64 / took.as_secs_f64()),
-        ("CPU µs/request", cpu.as_secs_f64() * 1e6 / done as f64),
-    ];
-    if depth == 1 {
-        waits.sort();
-        let at = |share: usize| waits[waits.len() * share / 100].as_secs_f64() * 1e6;
-        measures.extend([("p50 µs", at(50)), ("p99 µs", at(99))]);
-    }
-    Ok(measures)
-}
-
-/// Files per directory of the generated tree.
-const PER_DIR: usize = 1000;
-
-fn path_of(number: usize) -> String {
-    format!("d{:05}/f{number:07}", number / PER_DIR)
-}
-
-/// A tree of small files, none like another, as an image.
-fn tree(dir: &Path, files: usize) -> Result<(PathBuf, PathBuf)> {
-    let (root, blobs, bootstrap) = (dir.join("tree"), dir.join("blobs"), dir.join("bootstrap"));
-    fs::create_dir_all(&blobs)?;
-    let mut rng = Rng::new(files as u64);
-    for number in 0..files {
-        let path = root.join(path_of(number));
-        if number % PER_DIR == 0 {
-            fs::create_dir_all(path.parent().context("a directory")?)?;
-        }
-        let len = 8 + rng.index(400);
-        fs::write(path, rng.bytes(len))?;
-    }
-    let start = Instant::now();
-    create(&[
-        "--bootstrap".as_ref(),
-        bootstrap.as_ref(),
-        "--blob-dir".as_ref(),
-        blobs.as_ref(),
-        root.as_ref(),
-    ])?;
-    let size = fs::metadata(&bootstrap)?.len() / 1024;
-    say(format!("{files} files: built in {:.1?}, bootstrap {size} KiB", start.elapsed()));
-    fs::remove_dir_all(&root)?;
-    Ok((bootstrap, blobs))
-}
-
-fn median(sorted: &[f64]) -> f64 {
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
-}
-
-fn show(value: f64) -> String {
-    match value.abs() {
-        1000.0.. => format!("{value:.0}"),
-        100.0.. => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
+impl Settings {
+    fn wants(&self, section: &str) -> bool {
+        section.contains(&self.only)
     }
 }
 
-/// Runs a workload on all contenders, alternating, and prints its table.
-fn measure(workload: &Workload, contenders: &[&Contender], args: &Args) -> Result<()> {
-    let time = Duration::from_secs_f64(args.seconds);
-    let mut results: Vec<Vec<Measures>> = contenders.iter().map(|_| Vec::new()).collect();
-    for run in 0..args.runs {
-        for (contender, results) in contenders.iter().zip(&mut results) {
-            let measures = (workload.run)(contender, time)
-                .with_context(|| format!("{}, {}, run {run}", workload.name, contender.name))?;
-            results.push(measures);
-        }
-    }
-    let mut table = Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    let columns: Vec<&str> = results[0][0].iter().map(|m| m.0).collect();
-    table.set_header([&["daemon, files"], columns.as_slice()].concat());
-    for (contender, runs) in contenders.iter().zip(&results) {
-        let mut row = vec![contender.name.clone()];
-        for column in 0..columns.len() {
-            let mut values: Vec<f64> = runs.iter().map(|m| m[column].1).collect();
-            values.sort_by(f64::total_cmp);
-            let (low, high) = (values[0], values[values.len() - 1]);
-            row.push(format!("{} ({}–{})", show(median(&values)), show(low), show(high)));
-        }
-        table.add_row(row);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    print(format_args!("\n{}: {}\n{table}", workload.name, workload.what))
+/// Between these lines `docs/benchmarks.md` is written by this program.
+const BEGIN: &str = "<!-- scripts/bench writes from here -->";
+const END: &str = "<!-- scripts/bench writes to here -->";
+
+/// What came out, section by section.
+#[derive(Default)]
+struct Results {
+    text: String,
 }
 
-/// The result, on standard output; progress goes to standard error.
-fn print(text: std::fmt::Arguments<'_>) -> Result<()> {
-    writeln!(std::io::stdout(), "{text}").context("writing the results")
+impl Results {
+    /// Goes to standard output at once; progress goes to standard error.
+    fn add(&mut self, section: &str) -> Result<()> {
+        self.text += section;
+        self.text += "\n";
+        writeln!(std::io::stdout(), "{section}").context("writing the results")
+    }
+
+    /// Replaces what an earlier run left in `docs/benchmarks.md`.
+    fn write(&self) -> Result<()> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/benchmarks.md");
+        let old = fs::read_to_string(&path)?;
+        let (before, rest) = old.split_once(BEGIN).context("no line to write from")?;
+        let (_, after) = rest.split_once(END).context("no line to write to")?;
+        fs::write(&path, format!("{before}{BEGIN}\n\n{}{END}{after}", self.text))?;
+        say(format!("written to {}", path.display()));
+        Ok(())
+    }
 }
 
 /// The machine, for whoever reads the figures later.
@@ -326,37 +123,78 @@ fn machine() -> String {
     )
 }
 
+/// First line that a program says about its version.
+fn version(program: &Path) -> Result<String> {
+    let text = String::from_utf8(run(Command::new(program).arg("--version"))?)?;
+    Ok(text.lines().next().unwrap_or_default().trim().to_owned())
+}
+
+fn versions() -> Result<String> {
+    let parts = Parts::install(&["virtiofsd"])?;
+    Ok(format!(
+        "rafsd {}, nydusd of nydus-rs 2.2.0, {}; {}",
+        env!("CARGO_PKG_VERSION"),
+        version(&parts.path("virtiofsd")?)?,
+        machine()
+    ))
+}
+
+fn warm(settings: &Settings, scratch: &Path, results: &mut Results) -> Result<()> {
+    let dir = scratch.join("warm");
+    fs::create_dir(&dir)?;
+    let start = Instant::now();
+    let tree = Tree::debian(&dir)?;
+    say(format!(
+        "{} entries, {} MB, an image of it: {:.1?}",
+        tree.names.len(),
+        tree.bytes / 1_000_000,
+        start.elapsed()
+    ));
+    let mut warm = Warm::start(settings, &tree, &dir)?;
+    for name in WARM.iter().filter(|name| settings.wants(name)) {
+        let start = Instant::now();
+        let measured = warm.measure(name).with_context(|| (*name).to_owned())?;
+        say(format!("{name}: {:.1?}", start.elapsed()));
+        for family in &measured {
+            results.add(&family.section())?;
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
-    anyhow::ensure!(args.runs > 0 && !args.files.is_empty(), "nothing to do");
-    let wanted = |name: &str| name.contains(&args.only);
+    let pick = |full, quick| if args.quick { quick } else { full };
+    let settings = Settings {
+        quick: args.quick,
+        only: args.only,
+        runs: args.runs.unwrap_or(pick(5, 3)),
+        time: Duration::from_secs_f64(args.seconds.unwrap_or(if args.quick { 0.3 } else { 0.4 })),
+        files: args.files.unwrap_or(if args.quick {
+            vec![10_000]
+        } else {
+            vec![10_000, 100_000, 1_000_000]
+        }),
+    };
+    ensure!(settings.runs > 0 && !settings.files.is_empty(), "nothing to do");
     let scratch = tempfile::tempdir()?;
-    print(format_args!(
-        "rafsd {} on {}, medians of {} runs (best–worst)",
-        env!("CARGO_PKG_VERSION"),
-        machine(),
-        args.runs
+    let mut results = Results::default();
+    results.add(&format!(
+        "{}. Medians of {} runs ± half of the distance between the best and the worst.\n",
+        versions()?,
+        settings.runs
     ))?;
-    if wanted("cold-start") {
-        cold::measure(args.runs, scratch.path())?;
+    if WARM.iter().any(|name| settings.wants(name)) {
+        warm(&settings, scratch.path(), &mut results)?;
     }
-    if !WORKLOADS.iter().any(|w| wanted(w.name)) {
-        return Ok(());
+    if settings.wants("files") {
+        results.add(&growth::section(&growth::measure(&settings, scratch.path())?))?;
     }
-    let mut contenders = Vec::new();
-    for &files in &args.files {
-        let dir = scratch.path().join(files.to_string());
-        fs::create_dir(&dir)?;
-        let (bootstrap, blobs) = tree(&dir, files)?;
-        let mut launch = Launch::new(&bootstrap, &blobs, &dir);
-        launch.log_level = "warn".into();
-        contenders.push(Contender { name: format!("rafsd, {files}"), launch, files });
+    if settings.wants("cold-start") {
+        results.add(&cold::measure(settings.runs, scratch.path())?)?;
     }
-    let largest = contenders.iter().map(|c| c.files).max().unwrap_or(0);
-    for workload in WORKLOADS.iter().filter(|w| wanted(w.name)) {
-        let chosen: Vec<&Contender> =
-            contenders.iter().filter(|c| !workload.largest_only || c.files == largest).collect();
-        measure(workload, &chosen, &args)?;
+    if !settings.quick && settings.only.is_empty() {
+        results.write()?;
     }
     Ok(())
 }

@@ -3,6 +3,9 @@
 //! Run by `scripts/bench build`. Every program is a process of its own; its CPU time and peak memory are what the
 //! kernel counted. Contenders run alternating. Images and trees are those of `scripts/parts`.
 
+#[path = "bench/report.rs"]
+#[allow(dead_code)] // families are of the other benchmark
+mod report;
 mod support {
     // Each test program uses its own part of these.
     #![allow(dead_code)]
@@ -18,8 +21,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use comfy_table::{CellAlignment, Table};
 
+use report::{Contender, Measures, alternate, by_measure};
 use support::parts::{Parts, run};
 
 /// Measures how images are made and prints tables of medians.
@@ -96,9 +99,6 @@ fn measure(command: &mut Command) -> Result<Used> {
     })
 }
 
-/// What one run measured: name, unit and value per column.
-type Measures = Vec<(&'static str, f64)>;
-
 /// Figures of a program that worked on `bytes`.
 fn figures(used: Used, bytes: u64) -> Measures {
     let mb = bytes as f64 / 1e6;
@@ -110,51 +110,10 @@ fn figures(used: Used, bytes: u64) -> Measures {
     ]
 }
 
-struct Contender<'a> {
-    name: String,
-    run: Box<dyn FnMut() -> Result<Measures> + 'a>,
-}
-
-fn median(sorted: &[f64]) -> f64 {
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
-}
-
-fn show(value: f64) -> String {
-    match value.abs() {
-        100.0.. => format!("{value:.0}"),
-        _ => format!("{value:.2}"),
-    }
-}
-
 /// Runs all contenders, alternating, and prints their table.
-fn table(title: &str, mut contenders: Vec<Contender<'_>>, runs: usize) -> Result<()> {
-    let mut results: Vec<Vec<Measures>> = contenders.iter().map(|_| Vec::new()).collect();
-    for run in 0..runs {
-        for (contender, results) in contenders.iter_mut().zip(&mut results) {
-            let measures =
-                (contender.run)().with_context(|| format!("{}, run {run}", contender.name))?;
-            results.push(measures);
-        }
-    }
-    let mut table = Table::new();
-    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-    let columns: Vec<&str> = results[0][0].iter().map(|m| m.0).collect();
-    table.set_header([&["program"], columns.as_slice()].concat());
-    for (contender, runs) in contenders.iter().zip(&results) {
-        let mut row = vec![contender.name.clone()];
-        for column in 0..columns.len() {
-            let mut values: Vec<f64> = runs.iter().map(|m| m[column].1).collect();
-            values.sort_by(f64::total_cmp);
-            let (low, high) = (values[0], values[values.len() - 1]);
-            row.push(format!("{} ({}–{})", show(median(&values)), show(low), show(high)));
-        }
-        table.add_row(row);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    print(format_args!("\n{title}\n{table}"))
+fn table(title: &str, contenders: Vec<Contender<'_>>, runs: usize) -> Result<()> {
+    let all = alternate(contenders, runs)?;
+    print(format_args!("\n{title}\n{}", by_measure("program", &all)))
 }
 
 /// The result, on standard output; progress goes to standard error.
@@ -223,16 +182,12 @@ fn creating(args: &Args, parts: &Parts, scratch: &Path) -> Result<()> {
         theirs.extend(["--fs-version", "6"].map(str::to_owned));
         let (tree, nydus, options, theirs) = (&tree, &nydus, &options, &theirs);
         let contenders = vec![
-            Contender {
-                name: "rafs".into(),
-                run: Box::new(move || create(rafs(), tree, &scratch.join("ours"), options, bytes)),
-            },
-            Contender {
-                name: "nydus-image".into(),
-                run: Box::new(move || {
-                    create(Command::new(nydus), tree, &scratch.join("theirs"), theirs, bytes)
-                }),
-            },
+            Contender::new("rafs", move || {
+                create(rafs(), tree, &scratch.join("ours"), options, bytes).map(Some)
+            }),
+            Contender::new("nydus-image", move || {
+                create(Command::new(nydus), tree, &scratch.join("theirs"), theirs, bytes).map(Some)
+            }),
         ];
         let title = format!(
             "create, {compressor}: {files} files, {:.0} MB, page cache warm",
@@ -280,23 +235,17 @@ fn converting(args: &Args, parts: &Parts, scratch: &Path) -> Result<()> {
             command.arg("--source").arg(&from).arg("--target").arg(&to);
         };
         let (ends_too, what) = (ends.clone(), format!("{name}, {:.0} MB", bytes as f64 / 1e6));
-        convert.push(Contender {
-            name: what.clone(),
-            run: Box::new(move || {
-                let _ = fs::remove_dir_all(&target);
-                let mut command = rafs();
-                ends(command.arg("convert"));
-                Ok(figures(measure(&mut command)?, bytes))
-            }),
-        });
-        check.push(Contender {
-            name: what,
-            run: Box::new(move || {
-                let mut command = rafs();
-                ends_too(command.arg("check"));
-                Ok(figures(measure(&mut command)?, bytes))
-            }),
-        });
+        convert.push(Contender::new(what.clone(), move || {
+            let _ = fs::remove_dir_all(&target);
+            let mut command = rafs();
+            ends(command.arg("convert"));
+            Ok(Some(figures(measure(&mut command)?, bytes)))
+        }));
+        check.push(Contender::new(what, move || {
+            let mut command = rafs();
+            ends_too(command.arg("check"));
+            Ok(Some(figures(measure(&mut command)?, bytes)))
+        }));
     }
     table(
         "convert: OCI layout to OCI layout; MB are those of the layers' tars",

@@ -47,6 +47,11 @@ fn user_mode_linux_runs_a_container_on_an_overlay() {
     runs_a_container_on_an_overlay(Machine::Uml72, "overlay_uml");
 }
 
+#[test]
+fn linux_6_1_runs_a_container_on_an_overlay() {
+    runs_a_container_on_an_overlay(Machine::Qemu7Linux61, "overlay_linux_6_1");
+}
+
 fn runs_a_container_on_an_overlay(machine: Machine, module: &str) {
     let parts = Parts::install(&["guests", "overlay", "rootfs"]).unwrap();
     let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -14,19 +14,19 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use comfy_table::{CellAlignment, Table};
+use anyhow::{Context, Result};
 use rafsd::rafs::Bootstrap;
 use rafsd::rafs::id::{BlobIndex, ChunkIndex};
 use serde_json::json;
 
+use super::report::{Contender, Measures, alternate, by_measure};
+use super::subject::Program as Server;
 use super::support::daemon::Launch;
 use super::support::fault_registry::FaultRegistry;
 use super::support::fuse_abi::ROOT_ID;
 use super::support::image::create;
 use super::support::parts::{Parts, run};
 use super::support::say;
-use super::{guest, median, print, show};
 
 /// Files that are read.
 const FILES: usize = 300;
@@ -139,20 +139,12 @@ fn hot(image: &Bootstrap, files: &[String]) -> Result<(u64, usize)> {
     Ok((bytes, seen.len()))
 }
 
-/// What one run took.
-struct Outcome {
-    time: Duration,
-    requests: usize,
-    bytes: u64,
-    cpu: Duration,
-}
-
 fn start(
     program: &Program,
     registry: &FaultRegistry,
     variant: Variant,
     dir: &Path,
-) -> Result<Outcome> {
+) -> Result<Option<Measures>> {
     let mut launch = Launch::new(&program.bootstrap, &program.blobs, dir)
         .backend("registry", json!({"scheme": "http", "host": registry.host(), "repo": "python"}));
     launch = launch.read_ahead();
@@ -167,7 +159,8 @@ fn start(
     registry.forget_seen();
     let begin = Instant::now();
     let daemon = launch.spawn()?;
-    let (_vm, mut fuse) = guest(&daemon)?;
+    let (_vm, mut queues) = Server::Rafsd.guest(&daemon)?;
+    let fuse = &mut queues[0];
     let mut known: std::collections::HashMap<&str, u64> = std::collections::HashMap::new();
     for file in &program.files {
         // As a guest does: each directory is looked up once.
@@ -191,65 +184,42 @@ fn start(
     }
     drop(daemon);
     let (requests, bytes) = registry.served();
-    Ok(Outcome { time, requests, bytes, cpu })
+    Ok(Some(vec![
+        ("seconds", time.as_secs_f64()),
+        ("MB", bytes as f64 / 1e6),
+        ("requests", requests as f64),
+        ("CPU ms", cpu.as_secs_f64() * 1e3),
+    ]))
 }
 
-/// Measures all variants over all links, alternating, and prints a table for each link.
-pub fn measure(runs: usize, scratch: &Path) -> Result<()> {
-    ensure!(runs > 0, "nothing to do");
+/// Measures all variants over all links, alternating: the text of the section.
+pub fn measure(runs: usize, scratch: &Path) -> Result<String> {
     let dir = scratch.join("cold");
     fs::create_dir(&dir)?;
     let program = Program::build(&dir)?;
     let image: u64 =
         fs::read_dir(&program.blobs)?.flatten().map(|f| f.metadata().map_or(0, |m| m.len())).sum();
     let registry = FaultRegistry::start(&program.blobs)?;
+    let (bytes, chunks) = program.hot;
+    let mut text = format!(
+        "### cold start\n\nA small Debian with the host's Python, in a registry whose answers begin after a while and share \
+         one bandwidth; read are the {} files that Python opens for a few dozen imports: {chunks} chunks, {:.1} MB stored, of \
+         a blob of {:.1} MB. In this order, whole, each read waiting for the one before. A run begins with the start of the \
+         daemon and an empty cache. The limit is one answer and the bytes that are needed; it needs to know everything in \
+         advance.\n",
+        program.files.len(),
+        bytes as f64 / 1e6,
+        image as f64 / 1e6,
+    );
     for (name, latency, bandwidth) in LINKS {
         registry.link(latency, Some(bandwidth));
-        let mut outcomes: Vec<Vec<Outcome>> = VARIANTS.iter().map(|_| Vec::new()).collect();
-        for _ in 0..runs {
-            for (variant, outcomes) in VARIANTS.iter().zip(&mut outcomes) {
-                let outcome = start(&program, &registry, *variant, &dir);
-                outcomes.push(outcome.with_context(|| variant.name)?);
-            }
-        }
-        let (bytes, chunks) = program.hot;
+        let contenders = VARIANTS.iter().map(|variant| {
+            Contender::new(variant.name, || start(&program, &registry, *variant, &dir))
+        });
+        let all = alternate(contenders.collect(), runs)?;
         let limit = latency.as_secs_f64() + bytes as f64 / bandwidth as f64;
-        let mut text = String::new();
-        write!(
-            text,
-            "\ncold start over {name}: {} files of Python, {chunks} chunks, {:.1} MB stored, of a blob of \
-             {:.1} MB\nlimit: one answer and these bytes, {limit:.3} s",
-            program.files.len(),
-            bytes as f64 / 1e6,
-            image as f64 / 1e6,
-        )?;
-        let mut table = Table::new();
-        table.load_style(comfy_table::presets::ASCII_MARKDOWN);
-        table.set_header(["prefetch", "seconds", "of the limit", "MB", "requests", "CPU ms"]);
-        for (variant, outcomes) in VARIANTS.iter().zip(&outcomes) {
-            let column = |value: &dyn Fn(&Outcome) -> f64| {
-                let mut values: Vec<f64> = outcomes.iter().map(value).collect();
-                values.sort_by(f64::total_cmp);
-                values
-            };
-            let spread = |values: &[f64]| {
-                let (low, high) = (values[0], values[values.len() - 1]);
-                format!("{} ({}–{})", show(median(values)), show(low), show(high))
-            };
-            let time = column(&|o| o.time.as_secs_f64());
-            table.add_row([
-                variant.name.to_owned(),
-                format!("{:.3} ({:.3}–{:.3})", median(&time), time[0], time[time.len() - 1]),
-                format!("{:.2} ×", median(&time) / limit),
-                spread(&column(&|o| o.bytes as f64 / 1e6)),
-                spread(&column(&|o| o.requests as f64)),
-                spread(&column(&|o| o.cpu.as_secs_f64() * 1e3)),
-            ]);
-        }
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        print(format_args!("{text}\n{table}"))?;
+        let table = by_measure("prefetch", &all);
+        write!(text, "\n{name}; limit {limit:.3} s:\n\n{table}\n")?;
     }
-    Ok(())
+    Ok(text)
 }

@@ -316,6 +316,53 @@ fn what_an_overlay_needs_of_its_upper_layer() {
     }
 }
 
+/// Overlayfs of some kernels loses files that it copied up by way of TMPFILE, so there is none where
+/// overlayfs asks for it: in its work directory, which has mode 000. Then it does this.
+#[test]
+fn a_file_that_an_overlay_copied_up_linked_and_wrote_is_found_again() {
+    for shared in both() {
+        let dir = |parent: u64, name: &str, mode| -> EntryOut {
+            let args = abi::MkdirIn { mode, umask: 0 };
+            let parts = [args.as_bytes(), name.as_bytes(), b"\0"];
+            shared.get(opcode::MKDIR, parent, &parts).unwrap()
+        };
+        let (upper, work) = (dir(1, "upper", 0o755).nodeid, dir(1, "work", 0).nodeid);
+        let flags = (libc::O_RDWR | libc::O_TMPFILE).cast_unsigned();
+        let args = abi::CreateIn { flags, mode: 0o600, umask: 0, open_flags: 0 };
+        let made =
+            |node| shared.get::<abi::CreateOut>(opcode::TMPFILE, node, &[args.as_bytes(), b"/\0"]);
+        assert_eq!(made(work).map(drop), Err(libc::EOPNOTSUPP));
+        assert!(made(upper).is_ok());
+        let mknod = abi::MknodIn { mode: libc::S_IFREG | 0o644, ..Default::default() };
+        let temp: EntryOut = shared.get(opcode::MKNOD, work, &[mknod.as_bytes(), b"#1\0"]).unwrap();
+        let open = shared.open(temp.nodeid, libc::O_WRONLY).unwrap();
+        assert_eq!(shared.write(temp.nodeid, open.fh, 0, b"copied", 0), Ok(6));
+        assert_eq!(shared.release(temp.nodeid, open.fh), Ok(()));
+        let rename = abi::Rename2In { newdir: upper, ..Default::default() };
+        shared.ask(opcode::RENAME2, work, &[rename.as_bytes(), b"#1\0passwd\0"], 0).unwrap();
+        let lookup = |name: &[u8]| -> EntryOut {
+            shared.get(opcode::LOOKUP, upper, &[name, b"\0"]).unwrap()
+        };
+        assert_eq!(lookup(b"passwd").nodeid, temp.nodeid);
+        let link = abi::LinkIn { oldnodeid: temp.nodeid };
+        let linked: EntryOut =
+            shared.get(opcode::LINK, upper, &[link.as_bytes(), b"link\0"]).unwrap();
+        assert_eq!((linked.nodeid, linked.attr.nlink), (temp.nodeid, 2));
+        let open = shared.open(temp.nodeid, libc::O_WRONLY | libc::O_APPEND).unwrap();
+        assert_eq!(shared.write(temp.nodeid, open.fh, 6, b" and more", 0), Ok(9));
+        for name in [&b"passwd"[..], b"link"] {
+            let found = lookup(name);
+            assert_eq!((found.nodeid, found.generation, found.attr.size), (temp.nodeid, 0, 15));
+        }
+        // It was told of the file five times.
+        for (times, left) in [(4_u64, Ok(2)), (1, Err(libc::ESTALE))] {
+            let forget = shared.guest.request(opcode::FORGET, temp.nodeid, &times.to_ne_bytes());
+            assert!(shared.guest.send(&forget, 0).is_none());
+            assert_eq!(shared.guest.attr(temp.nodeid).map(|attr| attr.nlink), left);
+        }
+    }
+}
+
 #[test]
 fn attributes_are_set() {
     for shared in both() {

@@ -41,9 +41,9 @@ container_works() {
     cp /guest/container /ov/container && chroot /ov /bin/sh /container
 }
 
-# What overlayfs says when its upper layer cannot do something.
+# What overlayfs says when its upper layer cannot do something; of TMPFILE see docs/fuse.md.
 overlay_does_not_complain() {
-    ! dmesg | grep -i overlay | grep -iv 'module\|taint'
+    ! dmesg | grep -i overlay | grep -iv 'module\|taint\|does not support tmpfile\|evm: overlay'
 }
 
 lower_is_as_it_was() {

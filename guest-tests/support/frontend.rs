@@ -10,6 +10,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -246,7 +247,8 @@ pub struct Vm {
     watchdog: Watchdog,
     /// The front end's end of the back end's request channel: kept open, never read.
     backend_channel: Option<UnixStream>,
-    inflight: Option<std::fs::File>,
+    /// The record of requests in flight, as the back end described it.
+    inflight: Option<(VhostUserInflight, std::fs::File)>,
     need_reply: bool,
 }
 
@@ -260,22 +262,9 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Connects only. A socket file exists for a moment before its owner listens on it.
+    /// Connects only.
     pub fn connect(socket: &Path, config: VmConfig) -> Result<Vm> {
-        let deadline = Instant::now() + Duration::from_millis(500);
-        let stream = loop {
-            match UnixStream::connect(socket) {
-                Err(error)
-                    if error.kind() == io::ErrorKind::ConnectionRefused
-                        && Instant::now() < deadline =>
-                {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                other => break other,
-            }
-        };
-        let stream = stream.with_context(|| format!("connecting to {}", socket.display()))?;
-        Vm::over(stream, config)
+        Vm::over(dial(socket)?, config)
     }
 
     pub fn over(stream: UnixStream, config: VmConfig) -> Result<Vm> {
@@ -312,6 +301,23 @@ impl Vm {
             need_reply: false,
             config,
         })
+    }
+
+    /// Goes on with another back end, as cloud-hypervisor does when its own has died: the guest
+    /// notices nothing. The record of requests in flight is handed over; rings begin where the
+    /// driver stands, which may be ahead of what was taken.
+    pub fn reconnect(&mut self, socket: &Path) -> Result<()> {
+        let stream = dial(socket)?;
+        self.socket = stream.try_clone()?;
+        self.watchdog = Watchdog::new(stream.try_clone()?);
+        self.front = Frontend::from_stream(stream, self.rings.len() as u64);
+        for (base, rings) in self.bases.iter_mut().zip(&self.rings) {
+            *base = u16::from_le(rings.avail.u16_at(2).load(Ordering::SeqCst));
+        }
+        for step in self.handshake() {
+            self.step(step)?;
+        }
+        Ok(())
     }
 
     pub fn handshake(&self) -> Vec<Step> {
@@ -421,21 +427,24 @@ impl Vm {
     fn make_queues(&mut self) {
         let indirect = self.features & F_INDIRECT_DESC != 0;
         let event_idx = self.features & F_EVENT_IDX != 0;
+        if self.inflight.is_some() {
+            // The driver does not know of the new back end.
+            return;
+        }
         for (queue, rings) in self.queues.iter_mut().zip(&self.rings) {
             *queue = Some(Virtqueue::new(&self.memory, rings.clone(), indirect, event_idx));
         }
     }
 
     fn negotiate_inflight(&mut self) -> Result<()> {
-        let ask = VhostUserInflight {
-            mmap_size: 0,
-            mmap_offset: 0,
-            num_queues: u16::try_from(self.rings.len())?,
-            queue_size: self.config.queue_size,
-        };
-        let (got, file) = self.front.get_inflight_fd(&ask)?;
-        self.front.set_inflight_fd(&got, file.as_raw_fd())?;
-        self.inflight = Some(file);
+        if self.inflight.is_none() {
+            let queues = u16::try_from(self.rings.len())?;
+            let ask = VhostUserInflight::new(0, 0, queues, self.config.queue_size);
+            self.inflight = Some(self.front.get_inflight_fd(&ask)?);
+        }
+        if let Some((buffer, file)) = &self.inflight {
+            self.front.set_inflight_fd(buffer, file.as_raw_fd())?;
+        }
         Ok(())
     }
 
@@ -607,6 +616,22 @@ impl Vm {
         // SAFETY: one pollfd that lives across the call.
         let n = unsafe { libc::poll(&raw mut fd, 1, ms) };
         n == 1 && fd.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
+    }
+}
+
+/// Connects. A socket file exists for a moment before its owner listens on it.
+fn dial(socket: &Path) -> Result<UnixStream> {
+    let deadline = Instant::now() + Duration::from_millis(500);
+    loop {
+        match UnixStream::connect(socket) {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused
+                    && Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return other.with_context(|| format!("connecting to {}", socket.display())),
+        }
     }
 }
 

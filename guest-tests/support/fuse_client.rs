@@ -154,6 +154,8 @@ pub struct Fuse {
     pub init: Option<InitOut>,
     /// Spin for an answer instead of sleeping.
     pub busy_poll: bool,
+    /// Whether used lengths count. A device that gives every chain back with 0 is measured, but not tested.
+    pub used_len_is_true: bool,
     memory: GuestMemory,
     /// Where data buffers come from, if not from anywhere in memory.
     data_region: Option<u64>,
@@ -174,6 +176,7 @@ impl Fuse {
             shape: Shape::Linux,
             init: None,
             busy_poll: false,
+            used_len_is_true: true,
             memory: memory.clone(),
             data_region: None,
             pages: Vec::new(),
@@ -333,7 +336,7 @@ impl Fuse {
         self.check(slot, used).map(Some)
     }
 
-    fn check(&self, slot: Slot, used: Used) -> FuseResult<Reply> {
+    fn check(&self, slot: Slot, mut used: Used) -> FuseResult<Reply> {
         let ticket = Ticket(slot.unique);
         let wrong = |what: String| {
             let op = slot.opcode;
@@ -349,6 +352,9 @@ impl Fuse {
         let (buffer, at) = slot.out_header();
         buffer.read(at, &mut raw);
         let header = OutHeader::read_from_bytes(&raw).expect("16 bytes");
+        if !self.used_len_is_true {
+            used.len = header.len;
+        }
         let used_len = to_usize(u64::from(used.len));
         if header.len != used.len {
             return wrong(format!("used length {used_len}, header says {}", header.len));
@@ -497,6 +503,10 @@ impl Fuse {
 
     pub fn lookup(&mut self, parent: u64, name: &[u8]) -> FuseResult<EntryOut> {
         self.call_fixed(op::LOOKUP, parent, &[name, b"\0"])
+    }
+
+    pub fn submit_lookup(&mut self, parent: u64, name: &[u8]) -> Option<Ticket> {
+        self.submit(op::LOOKUP, parent, &[name, b"\0"], size_of::<EntryOut>())
     }
 
     /// LOOKUP of each component of an absolute path, from the root.

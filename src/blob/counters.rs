@@ -43,6 +43,8 @@ pub struct Counters {
     pub cache_write_errors_total: AtomicU64,
     /// Chunks handed over in memory, for whatever reason.
     pub uncached_chunks_total: AtomicU64,
+    /// Waits for the disk of the cache: verified bytes that the page cache had dropped.
+    pub disk_waits_total: AtomicU64,
     /// Waits for chunks that ended at their deadline.
     pub timeouts_total: AtomicU64,
     backend_errors: [AtomicU64; BackendCause::ALL.len()],

@@ -25,6 +25,7 @@ mod flight;
 mod gate;
 mod link;
 mod neighbours;
+mod paging;
 mod plan;
 mod prefetch;
 mod readiness;

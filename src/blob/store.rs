@@ -19,6 +19,7 @@ use super::error::StoreError;
 use super::gate::Gate;
 use super::link::Link;
 use super::neighbours::ImageFiles;
+use super::paging;
 use super::readiness::Bitmap;
 use super::table::{Table, TableSlot};
 use super::unit::UnitSlot;
@@ -74,6 +75,8 @@ pub struct Store {
     /// One permit for each of `in_flight_bytes`.
     pub(super) budget: Arc<Gate>,
     pub(super) workers: Arc<Gate>,
+    /// Threads that wait for the disk of the cache.
+    pub(super) paging: Arc<Gate>,
     /// By [`Backend::name`]: blobs of one source share what was measured.
     links: Mutex<HashMap<String, Weak<Link>>>,
     /// The images that are open.
@@ -120,6 +123,7 @@ impl Store {
         Ok(Arc::new(Store {
             budget: Gate::new([bytes, bytes / 2, bytes / 2, bytes / 4]),
             workers: Gate::new([workers, some, some, some]),
+            paging: Gate::new([paging::MAX_THREADS; 4]),
             links: Mutex::default(),
             images: Mutex::default(),
             waiters: Waiters::default(),
@@ -177,6 +181,7 @@ impl Store {
             backend_down: AtomicBool::new(false),
             said_conflict: AtomicBool::new(false),
             read_only: OnceLock::new(),
+            can_peek: AtomicBool::new(true),
         }))
     }
 
@@ -320,6 +325,8 @@ pub struct Blob {
     pub(super) backend_down: AtomicBool,
     pub(super) said_conflict: AtomicBool,
     read_only: OnceLock<Arc<File>>,
+    /// The file system of the cache file can tell what is in the page cache, as far as is known.
+    pub(super) can_peek: AtomicBool,
 }
 
 impl Blob {

@@ -298,7 +298,8 @@ impl Host {
         device: OwnedFd,
     ) -> Result<Session, HandoverError> {
         let table = Arc::clone(self.mounted.table());
-        let server = Server::resume(table, self.server, agreed).map_err(HandoverError::Tree)?;
+        let server = Server::new(table, self.server);
+        server.resume(agreed).map_err(HandoverError::Tree)?;
         let session = HostSession::new(server, device, self.runtime.clone())
             .map_err(HandoverError::Session)?;
         let mount = HostMount::adopt(mountpoint).map_err(HandoverError::Session)?;

@@ -27,7 +27,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 type Row<T> = (&'static str, &'static str, Option<Unit>, fn(&T) -> &AtomicU64);
 
 /// What the caches count.
-fn cache_rows() -> [Row<blob::Counters>; 16] {
+fn cache_rows() -> [Row<blob::Counters>; 17] {
     [
         ("cache_hits", "Chunks found in the cache and verified on first use", None, |c| {
             &c.cache_hits_total
@@ -55,6 +55,9 @@ fn cache_rows() -> [Row<blob::Counters>; 16] {
             &c.cache_write_errors_total
         }),
         ("uncached_chunks", "Chunks served without caching", None, |c| &c.uncached_chunks_total),
+        ("disk_waits", "Reads that waited for the disk of the cache", None, |c| {
+            &c.disk_waits_total
+        }),
         ("chunk_timeouts", "Waits for chunks that ended at their deadline", None, |c| {
             &c.timeouts_total
         }),

@@ -41,6 +41,14 @@ impl Serve for Server {
         fuse::serve_queue(queue.into());
     }
 
+    fn agreed(&self) -> u64 {
+        Server::agreed(self)
+    }
+
+    fn resume(&self, agreed: u64) -> Result<(), &'static str> {
+        Server::resume(self, agreed)
+    }
+
     fn parse(&self, bytes: &[u8]) -> Result<Request, i32> {
         Request::parse(bytes).map_err(|e| e.errno())
     }

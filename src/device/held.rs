@@ -8,7 +8,7 @@
 //! A request leaves the table with its one answer, or with the whole ring. A task that ends without
 //! a result (it panicked, or the runtime went away) leaves a note too: its request is answered EIO.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,19 +43,39 @@ struct Waiting<R> {
     interruptible: bool,
 }
 
-/// The requests of one queue that wait.
+/// The requests of one queue that were taken and wait for their answer.
 pub(super) struct HeldTable<R> {
     waiting: HashMap<Ticket, Waiting<R>>,
+    /// Heads of chains that were taken before this table was there, to be served from the start.
+    again: VecDeque<u16>,
 }
 
 impl<R> HeldTable<R> {
     pub(super) fn new() -> HeldTable<R> {
-        HeldTable { waiting: HashMap::new() }
+        HeldTable { waiting: HashMap::new(), again: VecDeque::new() }
+    }
+
+    /// An empty table but for chains that another one has held, the oldest first.
+    pub(super) fn of_heads(heads: Vec<u16>) -> HeldTable<R> {
+        HeldTable { waiting: HashMap::new(), again: heads.into() }
     }
 
     /// Requests that wait.
     pub(super) fn len(&self) -> usize {
-        self.waiting.len()
+        self.waiting.len() + self.again.len()
+    }
+
+    /// Heads of all of them, the oldest first.
+    pub(super) fn heads(&self) -> Vec<u16> {
+        let mut waiting: Vec<_> = self.waiting.iter().collect();
+        waiting.sort_by_key(|(ticket, _)| **ticket);
+        let waiting = waiting.into_iter().map(|(_, waiting)| waiting.held.chain.head());
+        self.again.iter().copied().chain(waiting).collect()
+    }
+
+    /// Takes out a chain that has to be served from the start.
+    pub(super) fn next_again(&mut self) -> Option<u16> {
+        self.again.pop_front()
     }
 
     /// Keeps `held` until `wait` is over, which `inbox` will then be told.
@@ -101,6 +121,7 @@ impl<R> HeldTable<R> {
         for (_, waiting) in self.waiting.drain() {
             waiting.task.abort();
         }
+        self.again.clear();
         inbox.held.store(0, Ordering::Relaxed);
     }
 }
@@ -180,9 +201,14 @@ impl<P> Inbox<P> {
         }
     }
 
+    /// Whether there may be notes.
+    pub(super) fn has_notes(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
     /// Moves the notes so far to the end of `into`.
     pub(super) fn collect(&self, into: &mut Vec<Note<P>>) {
-        if self.full.load(Ordering::Relaxed) && self.full.swap(false, Ordering::Acquire) {
+        if self.has_notes() && self.full.swap(false, Ordering::Acquire) {
             into.append(&mut self.lock());
         }
     }

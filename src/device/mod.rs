@@ -14,6 +14,7 @@ mod chain;
 mod counters;
 mod fuse_service;
 mod held;
+mod inflight;
 mod intake;
 mod memory;
 mod parked;
@@ -22,6 +23,7 @@ mod ring;
 mod session;
 mod shmem;
 mod socket;
+mod split;
 mod stop;
 #[cfg(test)]
 mod testing;
@@ -58,6 +60,17 @@ pub trait Serve: Send + Sync + 'static {
 
     /// Called first on each thread that serves a queue; 0 is the queue for urgent requests.
     fn enter(&self, _queue: u16) {}
+
+    /// What has been agreed with the guest, for a service of another process that goes on with it;
+    /// 0 if nothing has. Asked for each request, so it has to be cheap.
+    fn agreed(&self) -> u64 {
+        0
+    }
+
+    /// Goes on with what another process [`Self::agreed`] on. The error says why that cannot be.
+    fn resume(&self, _agreed: u64) -> Result<(), &'static str> {
+        Ok(())
+    }
 
     /// Reads a request from the bytes a guest sent: any bytes, of any length. The error is an errno.
     fn parse(&self, bytes: &[u8]) -> Result<Self::Request, i32>;
@@ -111,10 +124,14 @@ pub enum Outcome<P> {
 pub struct DeviceConfig {
     /// Name under which a guest mounts the file system: 1 to 36 bytes.
     pub tag: String,
-    /// Queues for ordinary requests beside the one for urgent ones: 1 to 64.
+    /// Most queues for ordinary requests beside the one for urgent ones: 1 to 64.
     pub request_queues: u16,
     /// Size of the DAX window in bytes, a power of two; `None`: none is offered.
     pub window: Option<u64>,
+    /// How many of them whoever asks is told to use: 1 to `request_queues`.
+    pub advised_queues: u16,
+    /// How long a queue looks for the next request before it sleeps; zero: not at all.
+    pub busy_poll: Duration,
 }
 
 /// Why the device cannot be, or cannot go on.
@@ -125,8 +142,8 @@ pub enum DeviceError {
     #[error("the tag {0:?} has {len} bytes; it must have 1 to 36", len = .0.len())]
     Tag(String),
     /// More queues, or fewer, than the device can have.
-    #[error("{0} request queues; there must be 1 to 64")]
-    Queues(u16),
+    #[error("{0} request queues, {1} advised; there must be 1 to 64, and no more advised")]
+    Queues(u16, u16),
     /// The path is longer than the kernel takes for a socket.
     #[error("the socket path {path:?} has {len} bytes; the kernel takes at most 107")]
     PathTooLong {
@@ -173,8 +190,9 @@ impl<S: Serve> Device<S> {
         if !(1..=session::TAG_LEN).contains(&config.tag.len()) {
             return Err(DeviceError::Tag(config.tag));
         }
-        if !(1..=64).contains(&config.request_queues) {
-            return Err(DeviceError::Queues(config.request_queues));
+        let (most, advised) = (config.request_queues, config.advised_queues);
+        if !(1..=64).contains(&most) || !(1..=most).contains(&advised) {
+            return Err(DeviceError::Queues(most, advised));
         }
         Ok(Device { config, runtime, service: Box::new(service), counters: Arc::default() })
     }

@@ -4,22 +4,23 @@
 //! While it works its state is with its thread; `halt` ends the thread and takes the state back. If
 //! the ring is then started at exactly the place where it stood (the VM was paused, `stop` and
 //! `cont`), the requests it holds are still the guest's and are answered when they can be. If it is
-//! started anywhere else, its driver has begun anew, and they are forgotten.
+//! started anywhere else, its driver has begun anew, and they are forgotten. A ring that starts for
+//! the first time on its connection may have had a life before: the record of requests in flight
+//! (`inflight`) says which chains are still to be answered.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{Address, GuestAddress};
 
 use super::Serve;
 use super::counters::Complaint;
 use super::held::HeldTable;
+use super::inflight::{Found, Inflight, Record};
 use super::memory::Memory;
-use super::queue::{Kick, Shared, Worker};
+use super::queue::{Kick, Order, Shared, Worker};
+use super::split::{Parts, SplitRing};
 
 /// Longest ring we take, in descriptors.
 pub(super) const MAX_SIZE: u16 = 1024;
@@ -44,18 +45,18 @@ struct Place {
 }
 
 impl Place {
-    fn of(queue: &Queue) -> Place {
+    fn of(ring: &SplitRing) -> Place {
         Place {
-            size: queue.size(),
-            parts: [queue.desc_table(), queue.avail_ring(), queue.used_ring()],
-            next_avail: queue.next_avail(),
-            next_used: queue.next_used(),
+            size: ring.size(),
+            parts: ring.addresses(),
+            next_avail: ring.next_avail(),
+            next_used: ring.next_used(),
         }
     }
 }
 
 /// What a thread returns of its ring.
-type Remains<S> = (Queue, HeldTable<<S as Serve>::Request>);
+type Remains<S> = (SplitRing, HeldTable<<S as Serve>::Request>);
 
 enum State<S: Serve> {
     /// `held` belongs to the ring as it stood at `place`.
@@ -67,7 +68,7 @@ enum State<S: Serve> {
 }
 
 struct Thread<S: Serve> {
-    stop: Arc<AtomicBool>,
+    order: Arc<Order>,
     remains: Receiver<Remains<S>>,
     handle: JoinHandle<()>,
 }
@@ -81,6 +82,10 @@ pub(super) struct Ring<S: Serve> {
     base: u16,
     kick: Option<Kick>,
     enabled: bool,
+    /// Where requests in flight are recorded, if the VMM wants that.
+    inflight: Option<Arc<Inflight>>,
+    /// The ring has worked on this connection: what is recorded is our own.
+    has_worked: bool,
     state: State<S>,
 }
 
@@ -94,6 +99,8 @@ impl<S: Serve> Ring<S> {
             base: 0,
             kick: None,
             enabled: false,
+            inflight: None,
+            has_worked: false,
             state: State::Idle { held: HeldTable::new(), place: None },
         }
     }
@@ -136,6 +143,12 @@ impl<S: Serve> Ring<S> {
         self.kick = Some(kick);
     }
 
+    /// Records requests in flight there from now on.
+    pub(super) fn set_inflight(&mut self, inflight: Arc<Inflight>) {
+        self.halt();
+        self.inflight = Some(inflight);
+    }
+
     /// Lets the ring work, or pauses it: nothing is taken or answered, and nothing is lost.
     pub(super) fn set_enabled(&mut self, enabled: bool) {
         if !enabled {
@@ -152,13 +165,18 @@ impl<S: Serve> Ring<S> {
         self.base
     }
 
-    /// Back to what `new` returns, except for the descriptors to call.
+    /// Back to what `new` returns, except for the descriptors to call and the record, in which
+    /// nothing is written then.
     pub(super) fn reset(&mut self) {
         self.halt();
         if let State::Idle { held, .. } = &mut self.state {
             held.clear(self.shared.inbox());
         }
-        *self = Ring::new(Arc::clone(&self.shared));
+        let inflight = self.inflight.take();
+        if let Some(record) = record(inflight.as_ref(), &self.shared, self.size) {
+            record.forget();
+        }
+        *self = Ring { inflight, has_worked: true, ..Ring::new(Arc::clone(&self.shared)) };
     }
 
     /// Starts the ring's thread if everything it needs is there.
@@ -173,27 +191,34 @@ impl<S: Serve> Ring<S> {
         if memory.generation() == 0 {
             return;
         }
-        let Some(queue) = prepare(&memory, self.size, addresses, self.base, event_idx) else {
+        let Some(mut queue) = prepare(&memory, self.size, addresses, self.base, event_idx) else {
             let what = "the ring is not started: it is outside the guest's memory";
             self.shared.complain_ring(Complaint::Ring, &what);
             return;
         };
         let mut held = std::mem::replace(held, HeldTable::new());
+        let mut record = record(self.inflight.as_ref(), &self.shared, self.size);
         if *place != Some(Place::of(&queue)) {
             held.clear(self.shared.inbox());
-        }
-        let (stop, kick) = (Arc::new(AtomicBool::new(false)), kick.clone());
-        let (send, remains) = bounded(1);
-        let worker = Worker::new(Arc::clone(&self.shared), queue, held);
-        let spawned = std::thread::Builder::new().name(format!("vq{}", self.shared.index)).spawn({
-            let stop = Arc::clone(&stop);
-            move || {
-                let _ = send.send(worker.run(&kick, &stop));
+            if let Some(record) = record.as_ref().filter(|_| !self.has_worked) {
+                held = recovered(&mut queue, &memory, record, &self.shared);
             }
-        });
+        }
+        if let Some(record) = &mut record {
+            record.begin(queue.next_used(), &held.heads());
+            record.keep_agreed(self.shared.service.agreed());
+        }
+        let (order, kick) = (Arc::<Order>::default(), kick.clone());
+        let (send, remains) = bounded(1);
+        let shared = Arc::clone(&self.shared);
+        let worker = Worker::new(shared, Arc::clone(&order), queue, held, record);
+        let spawned = std::thread::Builder::new()
+            .name(format!("vq{}", self.shared.index))
+            .spawn(move || drop(send.send(worker.run(&kick))));
         match spawned {
             Ok(handle) => {
-                self.state = State::Working(Thread { stop, remains, handle });
+                self.has_worked = true;
+                self.state = State::Working(Thread { order, remains, handle });
             }
             // Tried again with the next message that concerns the ring.
             Err(e) => log::error!("queue {}: starting its thread: {e}", self.shared.index),
@@ -208,7 +233,7 @@ impl<S: Serve> Ring<S> {
     /// Asks the ring's thread to end, without waiting for it.
     pub(super) fn ask_to_halt(&self) {
         if let State::Working(thread) = &self.state {
-            thread.stop.store(true, Ordering::Release);
+            thread.order.halt();
             self.shared.inbox().wake();
         }
     }
@@ -238,6 +263,7 @@ impl<S: Serve> Ring<S> {
                 self.state = State::Idle { held, place: Some(Place::of(&queue)) };
             }
             Err(RecvTimeoutError::Timeout) => {
+                thread.order.abandon();
                 log::error!("queue {}: its thread hangs in a request", self.shared.index);
                 return;
             }
@@ -249,6 +275,54 @@ impl<S: Serve> Ring<S> {
     }
 }
 
+/// A ring's part of the record.
+fn record<S: Serve>(
+    inflight: Option<&Arc<Inflight>>,
+    shared: &Shared<S>,
+    size: u16,
+) -> Option<Record> {
+    let record = Record::of(inflight?, shared.index, size);
+    if record.is_none() {
+        log::warn!("queue {}: no room in the record of requests in flight", shared.index);
+    }
+    record
+}
+
+/// What the device that served the ring before has left unanswered, and `ring` behind it.
+fn recovered<S: Serve>(
+    ring: &mut SplitRing,
+    memory: &Memory,
+    record: &Record,
+    shared: &Shared<S>,
+) -> HeldTable<S::Request> {
+    let used = ring.next_used();
+    let parts = ring.parts(memory);
+    let Some(view) = parts.as_ref().and_then(Parts::view) else { return HeldTable::new() };
+    match record.find(used, view.available_index()) {
+        Found::Nothing => HeldTable::new(),
+        Found::Stale => {
+            log::warn!(
+                "queue {}: the record of requests in flight is of another ring",
+                shared.index
+            );
+            HeldTable::new()
+        }
+        Found::Heads(heads) => {
+            log::info!(
+                "queue {}: {} requests in flight are served again",
+                shared.index,
+                heads.len()
+            );
+            // Some VMMs say where the driver is, which may be ahead of what has been taken.
+            let taken = u16::try_from(heads.len()).unwrap_or_default();
+            ring.set_next_avail(used.wrapping_add(taken));
+            // The last answers may not have been announced.
+            shared.signal();
+            HeldTable::of_heads(heads)
+        }
+    }
+}
+
 /// Puts a queue together. `None` if it is not in the guest's memory, as the VMM described it.
 fn prepare(
     memory: &Memory,
@@ -256,26 +330,11 @@ fn prepare(
     addresses: Addresses,
     base: u16,
     event_idx: bool,
-) -> Option<Queue> {
-    let mut queue = Queue::new(MAX_SIZE).ok()?;
-    queue.try_set_size(size).ok()?;
+) -> Option<SplitRing> {
     let part = |addr| memory.guest_addr(addr);
-    queue.try_set_desc_table_address(part(addresses.descriptors)?).ok()?;
-    let available = part(addresses.available)?;
-    // The queue takes address 0 for "not set".
-    queue.try_set_avail_ring_address(nonzero(available)?).ok()?;
-    queue.try_set_used_ring_address(part(addresses.used)?).ok()?;
-    queue.set_event_idx(event_idx);
-    queue.set_ready(true);
-    if !queue.is_valid(memory.guest()) {
-        return None;
-    }
-    queue.set_next_avail(base);
-    let used = queue.used_idx(memory.guest(), Ordering::Acquire).ok()?;
-    queue.set_next_used(used.0);
-    Some(queue)
-}
-
-fn nonzero(addr: GuestAddress) -> Option<GuestAddress> {
-    (addr.raw_value() != 0).then_some(addr)
+    let parts = [part(addresses.descriptors)?, part(addresses.available)?, part(addresses.used)?];
+    let mut ring = SplitRing::new(size, parts, event_idx, base)?;
+    let found = ring.parts(memory)?;
+    ring.resume_used(&found.view()?);
+    Some(ring)
 }

@@ -24,10 +24,11 @@ use virtio_bindings::bindings::virtio_ring::{
 
 use super::counters::{Complaint, Complaints, count};
 use super::held::Inbox;
+use super::inflight::{self, Inflight, InflightError, Shape};
 use super::intake::{Arrival, Header, Intake};
 use super::memory::{Memory, MemoryError, Placement};
 use super::queue::{Kick, Shared};
-use super::ring::{Addresses, Ring};
+use super::ring::{Addresses, MAX_SIZE, Ring};
 use super::shmem::Shmem;
 use super::stop::Stop;
 use super::{Device, DeviceConfig, Serve};
@@ -62,6 +63,7 @@ fn protocol_features(window: bool) -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// Serves a VMM until it goes, the connection breaks, or `stop` is raised. When this returns,
@@ -164,9 +166,16 @@ impl From<MemoryError> for Error {
     }
 }
 
+impl From<InflightError> for Error {
+    fn from(e: InflightError) -> Error {
+        refused(e)
+    }
+}
+
 /// What a VMM has told us.
 struct Session<S: Serve> {
     config: [u8; CONFIG_LEN],
+    service: Arc<S>,
     memory: Arc<ArcSwap<Memory>>,
     rings: Vec<Ring<S>>,
     features: u64,
@@ -198,11 +207,13 @@ impl<S: Serve> Session<S> {
                 counters: Arc::clone(&device.counters),
                 complaints: Arc::clone(&complaints),
                 runtime: device.runtime.clone(),
+                busy_poll: device.config.busy_poll,
             }))
         };
         Ok(Session {
             config: config_space(&device.config),
             rings: (0..queues).map(ring).collect(),
+            service,
             memory,
             features: 0,
             protocol_features: 0,
@@ -214,6 +225,15 @@ impl<S: Serve> Session<S> {
     /// Whether the front end may ask for answers.
     fn acks(&self) -> bool {
         self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    /// The shape of a buffer for requests in flight.
+    fn shape(&self, buffer: &VhostUserInflight) -> std::result::Result<Shape, InflightError> {
+        let (queues, size, max) = (buffer.num_queues, buffer.queue_size, self.rings.len());
+        if usize::from(queues) > max || size > MAX_SIZE {
+            return Err(InflightError::Shape { queues, size, max });
+        }
+        Ok(Shape { queues, size })
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Ring<S>> {
@@ -284,7 +304,7 @@ fn config_space(config: &DeviceConfig) -> [u8; CONFIG_LEN] {
     let mut space = [0; CONFIG_LEN];
     let tag = config.tag.as_bytes();
     space[..tag.len()].copy_from_slice(tag);
-    space[TAG_LEN..TAG_LEN + 4].copy_from_slice(&u32::from(config.request_queues).to_le_bytes());
+    space[TAG_LEN..TAG_LEN + 4].copy_from_slice(&u32::from(config.advised_queues).to_le_bytes());
     space
 }
 
@@ -490,12 +510,35 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
         Err(unsupported())
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(unsupported())
+    /// A buffer of 0 bytes for what cannot be: without an answer the front end would wait for ever.
+    fn get_inflight_fd(&mut self, want: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let made = self.shape(want).and_then(inflight::create);
+        let (file, len) = match made {
+            Ok(made) => made,
+            Err(e) => {
+                log::warn!("vhost-user: requests in flight are not recorded: {e}");
+                (File::open("/dev/null").map_err(Error::ReqHandlerError)?, 0)
+            }
+        };
+        Ok((VhostUserInflight { mmap_size: len, mmap_offset: 0, ..*want }, file))
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        Err(unsupported())
+    fn set_inflight_fd(&mut self, buffer: &VhostUserInflight, file: File) -> Result<()> {
+        let shape = self.shape(buffer)?;
+        let inflight = Inflight::open(file, buffer.mmap_offset, buffer.mmap_size, shape)?;
+        let inflight = Arc::new(inflight);
+        if inflight.agreed() != 0 && self.service.agreed() == 0 {
+            match self.service.resume(inflight.agreed()) {
+                Ok(()) => log::info!("vhost-user: the guest's session goes on"),
+                Err(why) => log::error!("vhost-user: the guest's session cannot go on: {why}"),
+            }
+        }
+        for index in 0..self.rings.len() {
+            let inflight = Arc::clone(&inflight);
+            let index = u32::try_from(index).map_err(refused)?;
+            self.with_ring(index, |ring| ring.set_inflight(inflight))?;
+        }
+        Ok(())
     }
 
     fn set_device_state_fd(

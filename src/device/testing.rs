@@ -35,6 +35,10 @@ pub const WAIT: u32 = 3;
 pub const PANIC: u32 = 4;
 /// Cuts short the request whose id is in its body.
 pub const INTERRUPT: u32 = 5;
+/// Agrees on the number in its body.
+pub const AGREE: u32 = 6;
+/// Answers what was agreed on.
+pub const AGREED: u32 = 7;
 
 /// A request: length, operation, id, then a body at `HEADER`.
 pub fn request(op: u32, unique: u64, body: &[u8]) -> Vec<u8> {
@@ -79,7 +83,7 @@ impl World {
     }
 }
 
-pub struct Toy(Arc<World>);
+pub struct Toy(Arc<World>, AtomicU64);
 
 impl Drop for Toy {
     fn drop(&mut self) {
@@ -122,6 +126,15 @@ impl Serve for Toy {
     type Pins = bool;
     const MAX_REQUEST_LEN: usize = 64 * 1024;
 
+    fn agreed(&self) -> u64 {
+        self.1.load(Ordering::SeqCst)
+    }
+
+    fn resume(&self, agreed: u64) -> Result<(), &'static str> {
+        self.1.store(agreed, Ordering::SeqCst);
+        Ok(())
+    }
+
     fn parse(&self, bytes: &[u8]) -> Result<ToyRequest, i32> {
         let word = |i| bytes.get(i..i + 4).map(|b| u32::from_le_bytes(b.try_into().unwrap()));
         if bytes.len() < HEADER || word(0) != u32::try_from(bytes.len()).ok() {
@@ -162,6 +175,16 @@ impl Serve for Toy {
             INTERRUPT => {
                 Outcome::Interrupt(u64::from_le_bytes(request.body[..8].try_into().unwrap()))
             }
+            AGREE => {
+                self.1.store(
+                    u64::from_le_bytes(request.body[..8].try_into().unwrap()),
+                    Ordering::SeqCst,
+                );
+                Outcome::Reply(answer(request.unique, 0, &[], reply))
+            }
+            AGREED => {
+                Outcome::Reply(answer(request.unique, 0, &self.agreed().to_le_bytes(), reply))
+            }
             PANIC => panic!("as the test wants it"),
             _ => Outcome::Reply(self.error(request.unique, libc::ENOSYS, reply)),
         }
@@ -194,17 +217,28 @@ pub struct Daemon {
 
 impl Daemon {
     pub fn start(request_queues: u16) -> Daemon {
+        Daemon::start_polling(request_queues, Duration::ZERO)
+    }
+
+    /// With queues that look for the next request for as long as `busy_poll`.
+    pub fn start_polling(request_queues: u16, busy_poll: Duration) -> Daemon {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fs.sock");
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
         let world = Arc::new(World::default());
-        let config = DeviceConfig { tag: "toy".to_owned(), request_queues, window: None };
+        let config = DeviceConfig {
+            tag: "toy".to_owned(),
+            request_queues,
+            advised_queues: request_queues,
+            busy_poll,
+            window: None,
+        };
         let device = Device::with_service(config, runtime.handle().clone(), {
             let world = Arc::clone(&world);
             move |_| {
                 world.services.fetch_add(1, Ordering::SeqCst);
-                Toy(Arc::clone(&world))
+                Toy(Arc::clone(&world), AtomicU64::new(0))
             }
         })
         .unwrap();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::future::join_all;
+use rustix::io::Errno;
 use smallvec::SmallVec;
 
 use super::file_system::FsError;
@@ -17,8 +18,11 @@ use crate::blob::{Blob, ChunkData, ChunkRef};
 use crate::rafs::Inode;
 use crate::rafs::id::ChunkIndex;
 
-/// Waits of one read. More than one is needed only if the cache file is damaged meanwhile.
+/// Waits of one read for chunks. More than one is needed only if the cache file is damaged meanwhile.
 const MAX_ROUNDS: u32 = 4;
+/// Waits of one read for the disk of the cache. If the page cache drops again what was just read, the
+/// next try waits where it is.
+const MAX_PAGED: u32 = 2;
 
 /// A chunk that a read touches.
 #[derive(Clone)]
@@ -51,6 +55,9 @@ impl RafsFs {
         into: &mut Payload<'_>,
         pins: &Pins,
     ) -> Result<(), FsError> {
+        if pins.late {
+            return Err(broken(inode, "the disk of the cache has not answered in time"));
+        }
         let room = u64::try_from(into.room()).unwrap_or(u64::MAX);
         let end = offset.saturating_add(room).min(inode.size());
         let chunk_size = u64::from(self.image.chunk_size());
@@ -81,9 +88,25 @@ impl RafsFs {
                     }
                 }
                 Piece::Cached { blob, offset, len, first, last } => {
-                    let done = into.put_file(blob.cache_file(), offset, len);
-                    if done.as_ref().is_ok_and(|&done| done == len) {
-                        continue;
+                    let patient = pins.paged >= MAX_PAGED || !blob.can_peek();
+                    let done = match patient {
+                        true => into.put_file(blob.cache_file(), offset, len),
+                        false => into.put_cached(blob.cache_file(), offset, len),
+                    };
+                    let error = match &done {
+                        Ok(done) if *done == len => continue,
+                        Ok(_) => None,
+                        Err(error) => Errno::from_io_error(error),
+                    };
+                    match error {
+                        Some(Errno::AGAIN) if !patient => {
+                            return Err(self.wait_for_pages(&pieces, pins));
+                        }
+                        Some(Errno::OPNOTSUPP) if !patient => {
+                            blob.cannot_peek();
+                            return Err(self.wait_for_pages(&pieces, pins));
+                        }
+                        _ => {}
                     }
                     let size = blob.info().uncompressed_size;
                     log::warn!(
@@ -96,6 +119,34 @@ impl RafsFs {
             }
         }
         Ok(())
+    }
+
+    /// What a read waits for of whose `pieces` some have left the page cache.
+    #[cold]
+    fn wait_for_pages(&self, pieces: &[Piece<'_>], pins: &Pins) -> FsError {
+        let mut pins = pins.clone();
+        pins.paged += 1;
+        let deadline = self.deadline(&mut pins);
+        let places: Vec<_> = pieces
+            .iter()
+            .filter_map(|piece| match *piece {
+                Piece::Cached { blob, offset, len, .. } => {
+                    let end = offset.saturating_add(u64::try_from(len).ok()?);
+                    Some((blob.clone(), offset..end))
+                }
+                Piece::Memory(_) => None,
+            })
+            .collect();
+        FsError::Wait(Wait::new(async move {
+            let reads = places.into_iter().map(|(blob, bytes)| blob.page_in(bytes, deadline));
+            pins.late = join_all(reads).await.contains(&false);
+            pins
+        }))
+    }
+
+    /// When a read has waited long enough.
+    fn deadline(&self, pins: &mut Pins) -> Instant {
+        *pins.deadline.get_or_insert_with(|| Instant::now() + self.options.read_timeout)
     }
 
     /// Chunk `number` of a file, which has so many.
@@ -141,8 +192,7 @@ impl RafsFs {
         if pins.rounds > MAX_ROUNDS {
             return broken(inode, "the cache file is damaged again and again");
         }
-        let deadline =
-            *pins.deadline.get_or_insert_with(|| Instant::now() + self.options.read_timeout);
+        let deadline = self.deadline(&mut pins);
         // One list for each blob; a read seldom touches two.
         let mut lists: Vec<(Arc<Blob>, Vec<u32>, Vec<ChunkRef>)> = Vec::new();
         for Wanted { number, blob, chunk } in missing {

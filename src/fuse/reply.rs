@@ -159,6 +159,29 @@ impl<'a> Payload<'a> {
         offset: u64,
         len: usize,
     ) -> io::Result<usize> {
+        self.put_from(file, offset, len, 0)
+    }
+
+    /// As [`Self::put_file`] from the host's page cache only: [`io::ErrorKind::WouldBlock`] if
+    /// something is not there, and then it does not matter what was written;
+    /// [`io::ErrorKind::Unsupported`] if the file system cannot tell.
+    pub(super) fn put_cached(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+    ) -> io::Result<usize> {
+        self.put_from(file, offset, len, libc::RWF_NOWAIT)
+    }
+
+    /// `flags` as for `preadv2(2)`.
+    fn put_from(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        flags: libc::c_int,
+    ) -> io::Result<usize> {
         let len = len.min(self.room);
         let mut done = 0;
         while done < len {
@@ -170,7 +193,7 @@ impl<'a> Payload<'a> {
                 .ok_or(io::ErrorKind::InvalidInput)?;
             // SAFETY: `buffers` took every element from a `VolatileSlice` that lives for 'a, so it
             // is mapped and writable until the call returns.
-            match unsafe { read_into_guest(file, &iov, at, 0) } {
+            match unsafe { read_into_guest(file, &iov, at, flags) } {
                 Ok(0) => break,
                 Ok(n) => {
                     self.advance(n);
@@ -181,32 +204,6 @@ impl<'a> Payload<'a> {
             }
         }
         Ok(done)
-    }
-
-    /// As [`Self::put_file`] from the host's page cache only; false if something is not there, and
-    /// then it does not matter what was written.
-    #[must_use]
-    pub(super) fn put_cached(&mut self, file: BorrowedFd<'_>, offset: u64, len: usize) -> bool {
-        let len = len.min(self.room);
-        let mut done = 0;
-        while done < len {
-            let iov = self.buffers(len - done);
-            let at = u64::try_from(done)
-                .ok()
-                .and_then(|done| offset.checked_add(done))
-                .and_then(|at| i64::try_from(at).ok());
-            let Some(at) = at else { return false };
-            // SAFETY: as in `put_file`.
-            match unsafe { read_into_guest(file, &iov, at, libc::RWF_NOWAIT) } {
-                Ok(0) => break,
-                Ok(n) => {
-                    self.advance(n);
-                    done += n;
-                }
-                Err(_) => return false,
-            }
-        }
-        true
     }
 
     /// The next `len` bytes of the buffers, or as many as one system call takes.

@@ -54,27 +54,26 @@ impl Server {
         Server { dax: Dax::new(memory, options, counters), ..self }
     }
 
-    /// A server that goes on with the session of another process: `agreed` is what its server
-    /// [`Self::agreed`] on, and `mounts` are the same images.
+    /// Goes on with the session of another process, without an INIT: `agreed` is what its server
+    /// [`Self::agreed`] on, and the same images are mounted here.
     ///
     /// # Errors
     ///
-    /// The guest was told that nothing changes, and `mounts` is something that does.
-    pub fn resume(
-        mounts: Arc<Mounts>,
-        options: ServerOptions,
-        agreed: u64,
-    ) -> Result<Server, &'static str> {
+    /// The guest was told that nothing changes, and what is mounted is something that does; or what
+    /// it has mapped is not known here.
+    pub fn resume(&self, agreed: u64) -> Result<(), &'static str> {
         let terms = Terms::from_bits(agreed);
+        if terms.mapping() != Mapping::None {
+            return Err("the guest has a DAX window, which another process has filled");
+        }
         let promise = if terms.fixed() {
-            let promise = mounts.promise().ok_or("the tree is no longer one that never changes")?;
-            Some(promise.0)
+            let promise = self.mounts.promise();
+            Some(promise.ok_or("the tree is no longer one that never changes")?.0)
         } else {
             None
         };
-        let server = Server::new(mounts, options);
-        server.session.resume(terms, promise);
-        Ok(server)
+        self.session.resume(terms, promise);
+        Ok(())
     }
 
     /// What was agreed at INIT, for a process of the same version; 0 if no session is open.

@@ -71,6 +71,10 @@ pub struct Pins {
     pub(super) since: Option<Instant>,
     /// Waits so far.
     pub(super) rounds: u32,
+    /// Of these, waits for the disk of the cache.
+    pub(super) paged: u32,
+    /// The disk of the cache did not answer by the deadline.
+    pub(super) late: bool,
     /// What became of chunks that are not in the cache now, sorted by their position in the file.
     chunks: Vec<(u32, Pinned)>,
     /// How files are mapped, from an INIT or a DESTROY that has waited for the VMM.

@@ -237,7 +237,7 @@ impl Calls {
                 let mut payload = reply.payload(len);
                 let unique = call.request.header.unique;
                 let read = payload.put_cached(handle.file.as_fd(), offset, len);
-                read.then(|| Ok(reply.finish(unique, &payload)))
+                read.is_ok().then(|| Ok(reply.finish(unique, &payload)))
             }
             Ask::Open { flags, kill_suidgid }
                 if inode.kept().is_some() && flags.cast_signed() & libc::O_TRUNC == 0 =>

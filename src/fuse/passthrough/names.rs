@@ -217,6 +217,12 @@ impl Calls {
     }
 
     /// Makes and opens a file without a name. Returns the answer to TMPFILE.
+    ///
+    /// Not in a directory that nobody may enter, which is how overlayfs makes its work directory. It
+    /// would copy files up by way of TMPFILE and LINK, and some kernels (6.1.176 and 6.18.15; neither
+    /// 6.12.117 nor 7.2) then go on with the dentry that had no name: once that is looked at again, the
+    /// file is ESTALE. Refused here, it copies by way of MKNOD and RENAME, as it does on file systems
+    /// without O_TMPFILE.
     pub(super) fn tmpfile(
         &self,
         call: &Call<'_>,
@@ -225,6 +231,9 @@ impl Calls {
         mode: u32,
         caller: &Caller,
     ) -> Result<(EntryOut, abi::OpenOut), FsError> {
+        if Stat::of(dir.path()?.as_fd())?.attr.mode & 0o7777 == 0 {
+            return Err(FsError::Host(Errno::OPNOTSUPP));
+        }
         let file = {
             let fd = dir.path()?;
             let _acting = become_caller(caller)?;
