@@ -104,7 +104,7 @@ impl Stage {
     /// What the cache file of the image holds.
     fn cached(&self) -> Vec<u8> {
         let data =
-            run(Command::new("find").arg(self.scratch.path()).args(["-name", "*.blob.data"]));
+            run(Command::new("find").arg(self.scratch.path()).args(["-name", "*.layer.disk"]));
         let data = String::from_utf8(data.unwrap()).unwrap();
         fs::read(data.trim_end()).unwrap()
     }

@@ -10,10 +10,9 @@ use super::rafs_fs::RafsFs;
 use super::rafs_read::Wanted;
 use super::wait::{Pinned, Pins};
 use crate::rafs::Inode;
-use crate::rafs::layout::BLOCK_SIZE;
 
 /// Chunks that are looked at to tell how many pieces a file is made of.
-const LOOK_AT: u32 = 1 << 14;
+const LOOK_AT: u64 = 1 << 14;
 /// Mappings of cache files that a range may take on average.
 const PIECES: u64 = 2;
 
@@ -64,28 +63,18 @@ impl RafsFs {
             Mapping::None => false,
             Mapping::Private => true,
             Mapping::Shared => {
-                let looked = inode.chunk_count().min(LOOK_AT);
-                let bytes = u64::from(looked) * u64::from(self.image.chunk_size());
-                let pieces = pieces(inode, self.image.chunk_size(), looked);
-                pieces.is_some_and(|pieces| pieces <= PIECES * bytes.div_ceil(RANGE))
+                let chunk_size = u64::from(self.image.chunk_size());
+                let most = usize::try_from((LOOK_AT * chunk_size).div_ceil(RANGE)).unwrap_or(1);
+                let (mut ranges, mut pieces) = (0, 0);
+                for found in inode.pieces(RANGE).take(most) {
+                    let Ok(found) = found else { return false };
+                    ranges += 1;
+                    pieces += u64::from(found);
+                }
+                pieces <= PIECES * ranges
             }
         }
     }
-}
-
-/// Mappings that the first `chunks` chunks of a file take, range by range. `None`: it is damaged.
-fn pieces(inode: &Inode<'_>, chunk_size: u32, chunks: u32) -> Option<u64> {
-    let (mut pieces, mut next) = (0, None);
-    for i in 0..chunks {
-        let addr = inode.chunk(i).ok()?;
-        let here = (addr.blob()?.0, u64::from(addr.start_block()) * BLOCK_SIZE);
-        let starts_range = (u64::from(i) * u64::from(chunk_size)).is_multiple_of(RANGE);
-        if starts_range || next != Some(here) {
-            pieces += 1;
-        }
-        next = Some((here.0, here.1 + u64::from(chunk_size)));
-    }
-    Some(pieces)
 }
 
 /// Adds `len` bytes at byte `offset` of the cache file, to the last extent if they follow it.
