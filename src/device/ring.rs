@@ -23,6 +23,7 @@ use super::held::HeldTable;
 use super::inflight::{Found, Inflight, Record};
 use super::memory::Memory;
 use super::queue::{Kick, Order, Shared, Worker};
+use super::state::RingState;
 
 /// Longest ring we take, in descriptors.
 pub(super) const MAX_SIZE: u16 = 1024;
@@ -88,6 +89,8 @@ pub(super) struct Ring<S: Serve> {
     inflight: Option<Arc<Inflight>>,
     /// The ring has worked on this connection: what is recorded is our own.
     has_worked: bool,
+    /// What another process has held when a snapshot was made.
+    before: Option<RingState>,
     state: State<S>,
 }
 
@@ -103,6 +106,7 @@ impl<S: Serve> Ring<S> {
             enabled: false,
             inflight: None,
             has_worked: false,
+            before: None,
             state: State::Idle { held: HeldTable::new(), place: None },
         }
     }
@@ -143,6 +147,19 @@ impl<S: Serve> Ring<S> {
     pub(super) fn set_kick(&mut self, kick: Kick) {
         self.halt();
         self.kick = Some(kick);
+    }
+
+    /// What the ring holds, if it stands still and holds anything.
+    pub(super) fn held(&self) -> Option<RingState> {
+        let State::Idle { held, place: Some(place) } = &self.state else { return None };
+        let heads = held.heads();
+        let ring = RingState { index: self.shared.index, used: place.next_used, heads };
+        (!ring.heads.is_empty()).then_some(ring)
+    }
+
+    /// Takes over what another process has held.
+    pub(super) fn set_before(&mut self, before: RingState) {
+        self.before = Some(before);
     }
 
     /// Records requests in flight there from now on.
@@ -202,8 +219,9 @@ impl<S: Serve> Ring<S> {
         let mut record = record(self.inflight.as_ref(), &self.shared, self.size);
         if *place != Some(Place::of(&queue)) {
             held.clear(self.shared.inbox());
-            if let Some(record) = record.as_ref().filter(|_| !self.has_worked) {
-                held = recovered(&mut queue, &memory, record, &self.shared);
+            if !self.has_worked {
+                let before = self.before.take();
+                held = recovered(&mut queue, &memory, record.as_ref(), before, &self.shared);
             }
         }
         if let Some(record) = &mut record {
@@ -290,18 +308,31 @@ fn record<S: Serve>(
     record
 }
 
-/// What the device that served the ring before has left unanswered, and `queue` behind it.
+/// What the device that served the ring before has left unanswered, and `queue` behind it: as the
+/// record says or, if there is none, a snapshot.
 fn recovered<S: Serve>(
     queue: &mut Queue,
     memory: &Memory,
-    record: &Record,
+    record: Option<&Record>,
+    before: Option<RingState>,
     shared: &Shared<S>,
 ) -> HeldTable<S::Request> {
     let used = queue.next_used();
     let Ok(avail) = queue.avail_idx(memory.guest(), Ordering::Acquire) else {
         return HeldTable::new();
     };
-    match record.find(used, avail.0) {
+    let found = match (record.map_or(Found::Nothing, |record| record.find(used, avail.0)), before) {
+        (Found::Nothing, Some(before)) => {
+            let outstanding = usize::from(avail.0.wrapping_sub(used));
+            if before.used == used && before.heads.len() <= outstanding {
+                Found::Heads(before.heads)
+            } else {
+                Found::Stale
+            }
+        }
+        (found, _) => found,
+    };
+    match found {
         Found::Nothing => HeldTable::new(),
         Found::Stale => {
             log::warn!(

@@ -63,6 +63,11 @@ pub(super) trait FileSystem: Send + Sync {
     /// Whether some node may have extended attributes.
     fn has_xattrs(&self) -> bool;
 
+    /// Whether the guest knows numbers here that mean nothing to another process.
+    fn remembers(&self) -> bool {
+        false
+    }
+
     /// A guest has come or gone: it knows no nodes and has nothing open.
     fn end_session(&self) {}
 
