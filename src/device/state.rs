@@ -65,8 +65,7 @@ impl State {
             rest = left;
             Some(u16::from_le_bytes(*word))
         };
-        loop {
-            let Some(index) = word() else { break };
+        while let Some(index) = word() {
             let (used, count) = (word()?, word()?);
             let heads = (0..count).map(|_| word()).collect::<Option<_>>()?;
             state.rings.push(RingState { index, used, heads });

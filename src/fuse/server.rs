@@ -89,6 +89,11 @@ impl Server {
             outcome => {
                 let (errno, bytes) = reply.sent();
                 counters.end(begun, errno, bytes, self.mounts.times());
+                if let Some(files) = &counters.files
+                    && let Some(place) = tree.resolve(request.header.nodeid)
+                {
+                    files.note(place.node, request.header.opcode, errno, bytes);
+                }
                 outcome
             }
         }
