@@ -39,8 +39,8 @@ struct Args {
 }
 
 /// Files of the image, and their size.
-const FILES: usize = 200;
-const FILE_SIZE: usize = 2 << 20;
+const FILES: usize = 48;
+const FILE_SIZE: usize = 1 << 20;
 
 #[derive(Clone, Copy)]
 enum Ask {

@@ -32,6 +32,8 @@ use crate::fuse::{Ended, ServerOptions};
 const GRACE: Duration = Duration::from_millis(250);
 /// How long the last lines may take to reach the log.
 const LAST_LINES: Duration = Duration::from_millis(100);
+/// Request queues that a VMM may have, unless fewer are asked for.
+const MAX_QUEUES: u16 = 64;
 /// Threads of the blocking pool beside those that decompress: reads of local files and the like.
 const BLOCKING_THREADS: usize = 32;
 
@@ -235,7 +237,15 @@ fn start_device(
         Sockets::give_to_group(path, group)?;
     }
     let listener = Listener::from_socket(socket).map_err(system)?;
-    let config = DeviceConfig { tag: options.tag.clone(), request_queues: options.request_queues };
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let config = DeviceConfig {
+        tag: options.tag.clone(),
+        request_queues: options.request_queues.unwrap_or(MAX_QUEUES),
+        advised_queues: options.request_queues.unwrap_or_else(|| {
+            u16::try_from(processors).map_or(MAX_QUEUES, |count| count.min(MAX_QUEUES))
+        }),
+        busy_poll: options.busy_poll,
+    };
     let mounts = Arc::clone(status.mounted().table());
     let server = ServerOptions { writeback: options.writeback, ..ServerOptions::default() };
     let device = Device::new(config, mounts, server, runtime.handle().clone())?;

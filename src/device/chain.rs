@@ -5,15 +5,14 @@
 //! a `Chain`, with what was gathered before the fault: its head can be given back and, if a header
 //! and room for an answer were there, answered.
 
-use std::sync::Arc;
-
 use smallvec::SmallVec;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion, VolatileSlice,
+    Address, ByteValued, GuestAddress, VolatileArrayRef, VolatileMemory, VolatileSlice,
 };
 
-use super::memory::GuestMemory;
+use super::memory::Memory;
+use super::split::DESCRIPTOR;
 
 /// Descriptors in a chain at most. The specification forbids chains longer than the queue, and our
 /// queues end at 1024, which is also the number of pieces one `preadv` takes.
@@ -56,68 +55,71 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// Follows a chain that was just popped.
-    pub(super) fn walk(mut descriptors: DescriptorChain<&GuestMemory>) -> Chain {
+    /// Follows the chain that begins with descriptor `head` of a ring's `table`.
+    pub(super) fn walk(
+        head: u16,
+        table: &VolatileArrayRef<'_, Descriptor>,
+        memory: &Memory,
+    ) -> Chain {
         let mut chain = Chain {
-            head: descriptors.head_index(),
+            head,
             readable: SmallVec::new(),
             writable: SmallVec::new(),
             writable_len: 0,
             fault: None,
         };
         let mut count = 0;
-        // The iterator ends quietly when it meets something wrong: then the last descriptor it gave
-        // out promised another, or there was none at all.
-        let mut more = None;
-        for descriptor in &mut descriptors {
-            more = Some(descriptor.has_next());
-            count += 1;
-            if count > MAX_DESCRIPTORS {
-                chain.fault = Some(Fault::TooLong);
-                return chain;
-            }
-            let segment = Segment { addr: descriptor.addr(), len: descriptor.len() };
-            if descriptor.is_write_only() {
-                if segment.len > 0 {
-                    chain.writable.push(segment);
-                    // The iterator ends before a chain reaches 2^32 bytes.
-                    chain.writable_len = chain.writable_len.saturating_add(segment.len);
-                }
-            } else if !chain.writable.is_empty() {
-                chain.fault = Some(Fault::ReadableAfterWritable);
-                return chain;
-            } else if segment.len > 0 {
-                chain.readable.push(segment);
-            }
-        }
-        chain.fault = match more {
-            None => Some(Fault::NoDescriptor),
-            Some(true) => Some(Fault::BrokenOff),
-            Some(false) => None,
+        let fault = chain.follow(&Table::Ring(table), head, &mut count, memory).err();
+        chain.fault = match fault {
+            Some(Fault::BrokenOff) if count == 0 => Some(Fault::NoDescriptor),
+            fault => fault,
         };
         chain
     }
 
-    /// Follows a chain of `queue` that was taken earlier, perhaps by another process. `None` if that
-    /// cannot be.
-    ///
-    /// Only what the available ring names can be followed, so it is followed from a ring of one
-    /// entry in a page that this guest has not got.
-    pub(super) fn again(head: u16, queue: &Queue, guest: &GuestMemory) -> Option<Chain> {
-        const PAGE: usize = 4096;
-        let last = guest.last_addr().raw_value();
-        let ring = GuestAddress((last | (PAGE as u64 - 1)).checked_add(1)?);
-        let page = GuestRegionMmap::new(MmapRegion::new(PAGE).ok()?, ring)?;
-        let memory = guest.insert_region(Arc::new(page)).ok()?;
-        // Flags, index, the entry: little-endian.
-        memory.write_obj([0, 1u16.to_le(), head.to_le()], ring).ok()?;
-        let mut one = Queue::new(queue.max_size()).ok()?;
-        one.try_set_size(queue.size()).ok()?;
-        one.try_set_desc_table_address(GuestAddress(queue.desc_table())).ok()?;
-        one.try_set_avail_ring_address(ring).ok()?;
-        one.set_ready(true);
-        let descriptors = one.iter(&memory).ok()?.next()?;
-        (descriptors.head_index() < queue.size()).then(|| Chain::walk(descriptors))
+    /// Takes the descriptors from `first` on. `count` is how many there were.
+    fn follow(
+        &mut self,
+        table: &Table<'_>,
+        first: u16,
+        count: &mut usize,
+        memory: &Memory,
+    ) -> Result<(), Fault> {
+        let mut total: u32 = 0;
+        let mut next = first;
+        // A chain that is longer than its table loops.
+        for _ in 0..table.len() {
+            let descriptor = table.get(next).ok_or(Fault::BrokenOff)?;
+            let segment = Segment { addr: descriptor.addr(), len: descriptor.len() };
+            if descriptor.refers_to_indirect_table() {
+                if !matches!(table, Table::Ring(_)) {
+                    return Err(Fault::BrokenOff);
+                }
+                let inner = Table::indirect(segment, memory).ok_or(Fault::BrokenOff)?;
+                return self.follow(&inner, 0, count, memory);
+            }
+            // A chain of 2^32 bytes is none.
+            total = total.checked_add(segment.len).ok_or(Fault::BrokenOff)?;
+            *count += 1;
+            if *count > MAX_DESCRIPTORS {
+                return Err(Fault::TooLong);
+            }
+            if descriptor.is_write_only() {
+                if segment.len > 0 {
+                    self.writable.push(segment);
+                    self.writable_len = self.writable_len.saturating_add(segment.len);
+                }
+            } else if !self.writable.is_empty() {
+                return Err(Fault::ReadableAfterWritable);
+            } else if segment.len > 0 {
+                self.readable.push(segment);
+            }
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            next = descriptor.next();
+        }
+        Err(Fault::BrokenOff)
     }
 
     /// Index of the chain's first descriptor, by which it is given back. Any number: the guest
@@ -136,50 +138,47 @@ impl Chain {
         self.writable_len
     }
 
-    /// Copies the readable part behind one another into `buf`, replacing what it held, and stops
-    /// after `max` bytes or at the first that cannot be read; only the latter is a fault.
+    /// Copies the readable part behind one another to the front of `buf`, which grows as it must, and
+    /// stops after `max` bytes or at the first that cannot be read; only the latter is a fault.
+    /// Returns how many bytes it copied.
     pub(super) fn copy_readable(
         &self,
-        memory: &GuestMemory,
+        memory: &Memory,
         buf: &mut Vec<u8>,
         max: usize,
-    ) -> Result<(), Fault> {
-        buf.clear();
+    ) -> (usize, Option<Fault>) {
+        let mut end = 0;
         for segment in &self.readable {
-            let start = buf.len();
-            let len = (segment.len as usize).min(max - start);
-            buf.resize(start + len, 0);
-            match memory.read(&mut buf[start..], segment.addr) {
-                Ok(n) if n == len => {}
-                other => {
-                    buf.truncate(start + other.unwrap_or(0));
-                    return Err(Fault::OutsideMemory);
-                }
+            let start = end;
+            end = max.min(start + segment.len as usize);
+            if buf.len() < end {
+                buf.resize(end, 0);
             }
-            if buf.len() == max {
+            let copied = memory.read(segment.addr, &mut buf[start..end]);
+            if start + copied < end {
+                return (start + copied, Some(Fault::OutsideMemory));
+            }
+            if end == max {
                 break;
             }
         }
-        Ok(())
+        (end, None)
     }
 
     /// Where the answer goes: all of the writable part, or what precedes a fault.
-    pub(super) fn writable_slices<'m>(
-        &self,
-        memory: &'m GuestMemory,
-    ) -> (Slices<'m>, Option<Fault>) {
+    pub(super) fn writable_slices<'m>(&self, memory: &'m Memory) -> (Slices<'m>, Option<Fault>) {
         let mut slices = Slices::new();
         for segment in &self.writable {
             let len = segment.len as usize;
             // Nearly always one region holds the whole segment.
-            if let Ok(slice) = GuestMemoryBackend::get_slice(memory, segment.addr, len) {
+            if let Some(slice) = memory.slice(segment.addr, len) {
                 slices.push(slice);
                 continue;
             }
-            for piece in GuestMemoryBackend::get_slices(memory, segment.addr, len) {
+            for piece in memory.slices(segment.addr, len) {
                 match piece {
-                    Ok(piece) => slices.push(piece),
-                    Err(_) => return (slices, Some(Fault::OutsideMemory)),
+                    Some(piece) => slices.push(piece),
+                    None => return (slices, Some(Fault::OutsideMemory)),
                 }
             }
         }
@@ -188,5 +187,58 @@ impl Chain {
             return (slices, Some(Fault::TooLong));
         }
         (slices, None)
+    }
+}
+
+/// A table of descriptors.
+enum Table<'t> {
+    /// That of the ring.
+    Ring(&'t VolatileArrayRef<'t, Descriptor>),
+    /// An indirect one.
+    Indirect(VolatileSlice<'t>),
+    /// An indirect one that does not lie in one region: whether it is there shows when it is read.
+    Scattered(Segment, &'t Memory),
+}
+
+impl<'t> Table<'t> {
+    /// The indirect table that a descriptor names.
+    fn indirect(place: Segment, memory: &'t Memory) -> Option<Table<'t>> {
+        let len = place.len as usize;
+        if !len.is_multiple_of(DESCRIPTOR) || len / DESCRIPTOR > usize::from(u16::MAX) {
+            return None;
+        }
+        Some(match memory.slice(place.addr, len) {
+            Some(slice) => Table::Indirect(slice),
+            None => Table::Scattered(place, memory),
+        })
+    }
+
+    /// Descriptors.
+    fn len(&self) -> usize {
+        match self {
+            Table::Ring(table) => table.len(),
+            Table::Indirect(slice) => slice.len() / DESCRIPTOR,
+            Table::Scattered(place, _) => place.len as usize / DESCRIPTOR,
+        }
+    }
+
+    /// Descriptor `index`; `None` if there is none.
+    fn get(&self, index: u16) -> Option<Descriptor> {
+        let index = usize::from(index);
+        match self {
+            Table::Ring(table) => (index < table.len()).then(|| table.load(index)),
+            Table::Indirect(slice) => {
+                slice.get_ref(index * DESCRIPTOR).ok().map(|descriptor| descriptor.load())
+            }
+            Table::Scattered(place, memory) => {
+                if index >= self.len() {
+                    return None;
+                }
+                let addr = place.addr.checked_add((index * DESCRIPTOR) as u64)?;
+                let mut descriptor = Descriptor::default();
+                let copied = memory.read(addr, descriptor.as_mut_slice());
+                (copied == DESCRIPTOR).then_some(descriptor)
+            }
+        }
     }
 }

@@ -201,9 +201,14 @@ impl<P> Inbox<P> {
         }
     }
 
+    /// Whether there may be notes.
+    pub(super) fn has_notes(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
     /// Moves the notes so far to the end of `into`.
     pub(super) fn collect(&self, into: &mut Vec<Note<P>>) {
-        if self.full.load(Ordering::Relaxed) && self.full.swap(false, Ordering::Acquire) {
+        if self.has_notes() && self.full.swap(false, Ordering::Acquire) {
             into.append(&mut self.lock());
         }
     }

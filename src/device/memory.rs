@@ -8,10 +8,10 @@ use std::fs::File;
 use std::sync::Arc;
 
 use vm_memory::guest_memory::FileOffset;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
-
-/// The address space that virtqueues and descriptors point into. No dirty bitmap.
-pub(super) type GuestMemory = GuestMemoryMmap<()>;
+use vm_memory::{
+    GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
+    VolatileSlice,
+};
 
 /// Where a region lies, in the three address spaces that meet in a memory table.
 ///
@@ -43,8 +43,8 @@ pub(super) enum MemoryError {
     },
     #[error("looking at the file of region {placement:x?}")]
     Stat { placement: Placement, source: std::io::Error },
-    #[error("regions overlap")]
-    Overlap(#[source] vm_memory::GuestRegionCollectionError),
+    #[error("region {0:x?} overlaps another")]
+    Overlap(Placement),
     #[error("no region {0:x?} to remove")]
     Unknown(Placement),
     #[error("already {0} regions")]
@@ -54,9 +54,8 @@ pub(super) enum MemoryError {
 /// One generation of the guest's memory.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
-    /// In order of guest address, like the regions of `guest`.
-    placements: Vec<Placement>,
-    guest: GuestMemory,
+    /// In order of guest address. No dirty bitmap.
+    regions: Vec<(Placement, Arc<GuestRegionMmap<()>>)>,
     /// 0 for the empty memory a connection starts with; every change counts one up.
     generation: u64,
 }
@@ -80,15 +79,18 @@ impl Memory {
 
     /// This memory and one region more.
     pub(super) fn with(&self, placement: Placement, file: File) -> Result<Memory, MemoryError> {
-        if self.placements.len() >= Self::MAX_REGIONS {
-            return Err(MemoryError::Full(self.placements.len()));
+        if self.regions.len() >= Self::MAX_REGIONS {
+            return Err(MemoryError::Full(self.regions.len()));
         }
         let region = Arc::new(map(placement, file)?);
-        let guest = self.guest.insert_region(region).map_err(MemoryError::Overlap)?;
-        let mut placements = self.placements.clone();
-        placements.push(placement);
-        placements.sort_by_key(|p| p.guest_addr);
-        Ok(Memory { placements, guest, generation: self.generation + 1 })
+        let mut regions = self.regions.clone();
+        let at = regions.partition_point(|(p, _)| p.guest_addr < placement.guest_addr);
+        regions.insert(at, (placement, region));
+        let overlap = |(a, b): (&Placement, &Placement)| a.guest_addr + a.len > b.guest_addr;
+        if regions.windows(2).any(|pair| overlap((&pair[0].0, &pair[1].0))) {
+            return Err(MemoryError::Overlap(placement));
+        }
+        Ok(Memory { regions, generation: self.generation + 1 })
     }
 
     /// This memory without one region, which is named by its guest address, user address and
@@ -97,19 +99,62 @@ impl Memory {
         let same = |p: &Placement| {
             (p.guest_addr, p.len, p.user_addr) == (region.guest_addr, region.len, region.user_addr)
         };
-        let index = self.placements.iter().position(same).ok_or(MemoryError::Unknown(region))?;
-        let (guest, _) = self
-            .guest
-            .remove_region(GuestAddress(region.guest_addr), region.len)
-            .map_err(|_| MemoryError::Unknown(region))?;
-        let mut placements = self.placements.clone();
-        placements.remove(index);
-        Ok(Memory { placements, guest, generation: self.generation + 1 })
+        let index = self.regions.iter().position(|(p, _)| same(p));
+        let mut regions = self.regions.clone();
+        regions.remove(index.ok_or(MemoryError::Unknown(region))?);
+        Ok(Memory { regions, generation: self.generation + 1 })
     }
 
-    /// What descriptors point into.
-    pub(super) fn guest(&self) -> &GuestMemory {
-        &self.guest
+    /// `len` bytes at `addr`, if they lie in one region.
+    pub(super) fn slice(&self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
+        let behind = self.regions.partition_point(|(p, _)| p.guest_addr <= addr.0);
+        let (placement, region) = self.regions.get(behind.checked_sub(1)?)?;
+        region.get_slice(MemoryRegionAddress(addr.0 - placement.guest_addr), len).ok()
+    }
+
+    /// `len` bytes at `addr`, in one piece for each region that has some of them. A `None` ends it
+    /// where there is no memory.
+    pub(super) fn slices(
+        &self,
+        addr: GuestAddress,
+        len: usize,
+    ) -> impl Iterator<Item = Option<VolatileSlice<'_>>> {
+        let (mut at, mut left) = (addr.0, len);
+        std::iter::from_fn(move || {
+            if left == 0 {
+                return None;
+            }
+            let piece = self.longest(at, left);
+            match &piece {
+                Some(piece) => {
+                    at = at.saturating_add(piece.len() as u64);
+                    left -= piece.len();
+                }
+                None => left = 0,
+            }
+            Some(piece)
+        })
+    }
+
+    /// Fills `into` with the bytes at `addr`, as far as there is memory; returns how many there were.
+    pub(super) fn read(&self, addr: GuestAddress, into: &mut [u8]) -> usize {
+        if let Some(slice) = self.slice(addr, into.len()) {
+            return slice.copy_to(into);
+        }
+        let mut done = 0;
+        for piece in self.slices(addr, into.len()).map_while(|piece| piece) {
+            done += piece.copy_to(&mut into[done..]);
+        }
+        done
+    }
+
+    /// At most `len` bytes at `at`, as far as its region goes.
+    fn longest(&self, at: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let behind = self.regions.partition_point(|(p, _)| p.guest_addr <= at);
+        let (placement, _) = self.regions.get(behind.checked_sub(1)?)?;
+        let room =
+            (placement.guest_addr + placement.len).checked_sub(at).filter(|room| *room > 0)?;
+        self.slice(GuestAddress(at), usize::try_from(room).map_or(len, |room| room.min(len)))
     }
 
     /// Differs between any two memories of one connection.
@@ -120,7 +165,7 @@ impl Memory {
     /// Guest-physical address of an address in the front end's address space. `None` if no region
     /// holds it.
     pub(super) fn guest_addr(&self, user_addr: u64) -> Option<GuestAddress> {
-        self.placements.iter().find_map(|p| {
+        self.regions.iter().find_map(|(p, _)| {
             let offset = user_addr.checked_sub(p.user_addr)?;
             (offset < p.len).then(|| GuestAddress(p.guest_addr + offset))
         })
@@ -189,11 +234,51 @@ mod tests {
         let one = Memory::default().with(at(0, PAGE, 0x10000), file(PAGE)).unwrap();
         let two = one.with(at(PAGE, PAGE, 0x20000), file(PAGE)).unwrap();
         let back = two.without(at(PAGE, PAGE, 0x20000)).unwrap();
-        assert!(two.guest().write_obj(7u32, GuestAddress(PAGE)).is_ok());
-        assert!(back.guest().write_obj(7u32, GuestAddress(PAGE)).is_err());
-        assert!(back.guest().write_obj(7u32, GuestAddress(0)).is_ok());
+        two.slice(GuestAddress(PAGE), 4).unwrap().write_obj(7u32, 0).unwrap();
+        assert!(back.slice(GuestAddress(PAGE), 4).is_none());
+        assert!(back.slice(GuestAddress(0), 4).is_some());
         let generations = [one.generation(), two.generation(), back.generation()];
         assert_eq!(generations, [1, 2, 3]);
+    }
+
+    #[test]
+    fn bytes_are_found_in_one_region_or_in_several() {
+        let memory = Memory::default()
+            .with(at(PAGE, PAGE, 0x10000), file(PAGE))
+            .unwrap()
+            .with(at(2 * PAGE, PAGE, 0x20000), file(PAGE))
+            .unwrap()
+            .with(at(8 * PAGE, PAGE, 0x30000), file(PAGE))
+            .unwrap();
+        memory.slice(GuestAddress(PAGE), 0x1000).unwrap().copy_from(&[1u8; 0x1000]);
+        memory.slice(GuestAddress(2 * PAGE), 0x1000).unwrap().copy_from(&[2u8; 0x1000]);
+        // (address, length, in one piece, bytes of the pieces, then nothing)
+        let cases: [(u64, usize, bool, &[usize], bool); 8] = [
+            (PAGE, 0x1000, true, &[0x1000], false),
+            (PAGE - 1, 2, false, &[], true),
+            (2 * PAGE - 1, 2, false, &[1, 1], false),
+            (2 * PAGE - 1, 0x1002, false, &[1, 0x1000], true),
+            (3 * PAGE, 1, false, &[], true),
+            (9 * PAGE - 4, 4, true, &[4], false),
+            (9 * PAGE - 4, 5, false, &[4], true),
+            (u64::MAX, 5, false, &[], true),
+        ];
+        for (addr, len, whole, want, ends) in cases {
+            let addr = GuestAddress(addr);
+            assert_eq!(memory.slice(addr, len).is_some(), whole, "{addr:?}+{len}");
+            let pieces: Vec<_> = memory.slices(addr, len).collect();
+            let got: Vec<usize> = pieces.iter().flatten().map(|piece| piece.len()).collect();
+            assert_eq!(
+                (&got[..], pieces.iter().any(Option::is_none)),
+                (want, ends),
+                "{addr:?}+{len}"
+            );
+            let mut bytes = vec![0; len];
+            assert_eq!(memory.read(addr, &mut bytes), want.iter().sum::<usize>(), "{addr:?}+{len}");
+        }
+        let mut two = [0; 2];
+        memory.read(GuestAddress(2 * PAGE - 1), &mut two);
+        assert_eq!(two, [1, 2]);
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod queue;
 mod ring;
 mod session;
 mod socket;
+mod split;
 mod state;
 mod stop;
 #[cfg(test)]
@@ -127,8 +128,12 @@ pub enum Outcome<P> {
 pub struct DeviceConfig {
     /// Name under which a guest mounts the file system: 1 to 36 bytes.
     pub tag: String,
-    /// Queues for ordinary requests beside the one for urgent ones: 1 to 64.
+    /// Most queues for ordinary requests beside the one for urgent ones: 1 to 64.
     pub request_queues: u16,
+    /// How many of them whoever asks is told to use: 1 to `request_queues`.
+    pub advised_queues: u16,
+    /// How long a queue looks for the next request before it sleeps; zero: not at all.
+    pub busy_poll: Duration,
 }
 
 /// Why the device cannot be, or cannot go on.
@@ -139,8 +144,8 @@ pub enum DeviceError {
     #[error("the tag {0:?} has {len} bytes; it must have 1 to 36", len = .0.len())]
     Tag(String),
     /// More queues, or fewer, than the device can have.
-    #[error("{0} request queues; there must be 1 to 64")]
-    Queues(u16),
+    #[error("{0} request queues, {1} advised; there must be 1 to 64, and no more advised")]
+    Queues(u16, u16),
     /// The path is longer than the kernel takes for a socket.
     #[error("the socket path {path:?} has {len} bytes; the kernel takes at most 107")]
     PathTooLong {
@@ -184,8 +189,9 @@ impl<S: Serve> Device<S> {
         if !(1..=session::TAG_LEN).contains(&config.tag.len()) {
             return Err(DeviceError::Tag(config.tag));
         }
-        if !(1..=64).contains(&config.request_queues) {
-            return Err(DeviceError::Queues(config.request_queues));
+        let (most, advised) = (config.request_queues, config.advised_queues);
+        if !(1..=64).contains(&most) || !(1..=most).contains(&advised) {
+            return Err(DeviceError::Queues(most, advised));
         }
         Ok(Device { config, runtime, service: Box::new(service), counters: Arc::default() })
     }

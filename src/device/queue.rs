@@ -13,22 +13,21 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::{ArcSwap, ArcSwapOption, Cache};
 use rustix::event::{Timespec, epoll};
 use rustix::fs::{FileType, fstat};
 use tokio::runtime::Handle;
-use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::chain::{Chain, Fault};
 use super::counters::{Complaint, Complaints, Counters, count};
 use super::held::{Held, HeldTable, Inbox, Note};
 use super::inflight::Record;
-use super::memory::{GuestMemory, Memory};
+use super::memory::Memory;
 use super::parked::{Listed, ParkedRequest};
+use super::split::{Jump, Parts, SplitRing, View};
 use super::{Outcome, Serve, Wait};
 
 /// Chains taken before the worker looks at its inbox again.
@@ -56,6 +55,8 @@ pub(super) struct Shared<S: Serve> {
     pub counters: Arc<Counters>,
     pub complaints: Arc<Complaints>,
     pub runtime: Handle,
+    /// How long to look for the next request before sleeping; zero: not at all.
+    pub busy_poll: Duration,
 }
 
 impl<S: Serve> Shared<S> {
@@ -135,45 +136,42 @@ impl Order {
 pub(super) struct Worker<S: Serve> {
     shared: Arc<Shared<S>>,
     order: Arc<Order>,
-    queue: Queue,
+    ring: SplitRing,
     held: HeldTable<S::Request>,
     /// Where the chains that are taken and not given back are noted, if the VMM wants that.
     record: Option<Record>,
-    /// Generation of the memory for which `usable` was found.
+    /// Generation of the memory in which the ring was last not found.
     checked: Option<u64>,
-    /// Whether the ring lies in the guest's memory.
-    usable: bool,
     /// Where the ring stood before an available index that could not be.
     jumped_from: Option<u16>,
     /// Answers given back since the guest was last told.
     unsignalled: u32,
     /// Their length, in bytes.
     unsignalled_bytes: u32,
-    /// Reused for each request.
+    /// Reused for each request; behind its bytes are those of earlier ones.
     bytes: Vec<u8>,
     notes: Vec<Note<S::Pins>>,
     no_pins: S::Pins,
 }
 
 impl<S: Serve> Worker<S> {
-    /// A worker for `queue`, which must be ready but need not lie in the guest's memory, and for
-    /// the requests of this ring that were held when it last stopped; `record` says that these are
-    /// in flight and no others.
+    /// A worker for `ring`, which need not lie in the guest's memory, and for the requests of this
+    /// ring that were held when it last stopped; `record` says that these are in flight and no
+    /// others.
     pub(super) fn new(
         shared: Arc<Shared<S>>,
         order: Arc<Order>,
-        queue: Queue,
+        ring: SplitRing,
         held: HeldTable<S::Request>,
         record: Option<Record>,
     ) -> Self {
         Worker {
             shared,
             order,
-            queue,
+            ring,
             held,
             record,
             checked: None,
-            usable: false,
             jumped_from: None,
             unsignalled: 0,
             unsignalled_bytes: 0,
@@ -185,7 +183,7 @@ impl<S: Serve> Worker<S> {
 
     /// Works until it is told to halt and the inbox wakes it; then returns what is needed to go on
     /// later.
-    pub(super) fn run(mut self, kick: &Kick) -> (Queue, HeldTable<S::Request>) {
+    pub(super) fn run(mut self, kick: &Kick) -> (SplitRing, HeldTable<S::Request>) {
         let shared = Arc::clone(&self.shared);
         shared.service.enter(shared.index);
         let mut doorbell = match Doorbell::new(kick, shared.inbox().wake_fd()) {
@@ -195,8 +193,9 @@ impl<S: Serve> Worker<S> {
                 None
             }
         };
+        let mut memory = Cache::new(Arc::clone(&shared.memory));
         while !self.order.to_halt() {
-            if self.turn() {
+            if self.turn(memory.load()) {
                 continue;
             }
             match &mut doorbell {
@@ -204,38 +203,33 @@ impl<S: Serve> Worker<S> {
                 None => std::thread::sleep(POLL_INTERVAL),
             }
         }
-        (self.queue, self.held)
+        (self.ring, self.held)
     }
 
     /// Serves what is there, up to a batch. False if there is nothing more to do before the doorbell
     /// rings.
-    fn turn(&mut self) -> bool {
-        let memory = self.shared.memory.load_full();
-        if !self.check(&memory) {
-            return false;
-        }
-        let guest = memory.guest();
-        self.read_notes(guest);
+    fn turn(&mut self, memory: &Arc<Memory>) -> bool {
+        let parts = self.ring.parts(memory);
+        let view = parts.as_ref().and_then(Parts::view);
+        let Some(view) = self.check(memory, view) else { return false };
+        self.read_notes(&view);
         while let Some(head) = self.held.next_again() {
-            self.serve_again(&memory, head);
+            self.serve(&view, memory, head);
         }
-        if self.queue.disable_notification(guest).is_err() {
-            self.forget_check();
-            return false;
-        }
+        self.ring.disable_kicks(&view);
         let mut taken = 0;
         let mut end = End::Batch;
         while taken < BATCH && !self.order.to_halt() {
-            if self.held.len() >= usize::from(self.queue.size()) {
+            if self.held.len() >= usize::from(self.ring.size()) {
                 end = End::Full;
                 break;
             }
-            match self.pop(guest) {
-                Popped::Head(chain) => {
+            match self.pop(&view) {
+                Popped::Head(head) => {
                     if let Some(record) = &mut self.record {
-                        record.taken(chain.head_index());
+                        record.taken(head);
                     }
-                    self.serve(&memory, Chain::walk(chain));
+                    self.serve(&view, memory, head);
                 }
                 Popped::Nonsense => {}
                 Popped::Nothing => {
@@ -247,10 +241,10 @@ impl<S: Serve> Worker<S> {
             if self.unsignalled >= SIGNAL_AFTER_ANSWERS
                 || self.unsignalled_bytes >= SIGNAL_AFTER_BYTES
             {
-                self.signal(guest);
+                self.signal(&view);
             }
         }
-        self.signal(guest);
+        self.signal(&view);
         if taken > 0 {
             let requests = &self.shared.counters.requests_total;
             requests.fetch_add(u64::from(taken), Ordering::Relaxed);
@@ -260,104 +254,106 @@ impl<S: Serve> Worker<S> {
             // The next note wakes us.
             End::Full => false,
             // The guest may have added something before it could see that we want to be told again.
-            End::Drained => self.queue.enable_notification(guest).unwrap_or(false),
+            End::Drained => self.linger(&view) || self.ring.enable_kicks(&view),
         }
     }
 
-    /// Whether the ring can be used with this memory.
-    fn check(&mut self, memory: &Memory) -> bool {
-        if self.checked != Some(memory.generation()) {
-            self.checked = Some(memory.generation());
-            self.usable = self.queue.is_valid(memory.guest());
-            if !self.usable {
-                self.shared
-                    .complain_ring(Complaint::Ring, &"the ring is outside the guest's memory");
+    /// Looks for something to do for as long as the ring is to be polled; the guest need not kick
+    /// meanwhile. False if nothing came.
+    fn linger(&self, view: &View<'_>) -> bool {
+        /// Looks at the ring between two looks at the clock.
+        const LOOKS: u32 = 64;
+        let limit = self.shared.busy_poll;
+        if limit.is_zero() {
+            return false;
+        }
+        let begin = Instant::now();
+        loop {
+            for _ in 0..LOOKS {
+                if self.ring.has_more(view)
+                    || self.shared.inbox().has_notes()
+                    || self.order.to_halt()
+                {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if begin.elapsed() >= limit {
+                return false;
             }
         }
-        self.usable
     }
 
-    /// The ring could not be accessed although it was checked.
-    fn forget_check(&mut self) {
-        self.usable = false;
-        self.shared.complain_ring(Complaint::Ring, &"the ring cannot be accessed");
+    /// Complains, once for each memory, if the ring is not in it.
+    fn check<'p>(&mut self, memory: &Memory, view: Option<View<'p>>) -> Option<View<'p>> {
+        if view.is_none() && self.checked != Some(memory.generation()) {
+            self.checked = Some(memory.generation());
+            self.shared.complain_ring(Complaint::Ring, &"the ring is outside the guest's memory");
+        }
+        view
     }
 
     /// Takes the next chain.
-    fn pop<'m>(&mut self, guest: &'m GuestMemory) -> Popped<'m> {
+    fn pop(&mut self, view: &View<'_>) -> Popped {
         if let Some(old) = self.jumped_from {
-            self.settle_jump(guest, old);
+            self.settle_jump(view, old);
         }
-        let descriptors = match self.queue.iter(guest) {
-            Ok(mut available) => available.next(),
-            Err(QueueError::InvalidAvailRingIndex) => {
-                self.follow_jump(guest);
-                return Popped::Nothing;
+        match self.ring.pop(view) {
+            Ok(Some(head)) if head < self.ring.size() => Popped::Head(head),
+            Ok(Some(_)) => {
+                self.shared.complain(Complaint::Head, &"an available entry names no descriptor");
+                Popped::Nonsense
             }
-            Err(_) => {
-                self.forget_check();
-                return Popped::Nothing;
+            Ok(None) => Popped::Nothing,
+            Err(Jump(index)) => {
+                self.follow_jump(index);
+                Popped::Nothing
             }
-        };
-        let Some(descriptors) = descriptors else {
-            return Popped::Nothing;
-        };
-        if descriptors.head_index() >= self.queue.size() {
-            self.shared.complain(Complaint::Head, &"an available entry names no descriptor");
-            return Popped::Nonsense;
         }
-        Popped::Head(descriptors)
     }
 
     /// The available index is further ahead than the queue is long, so what the ring says between
     /// here and there was never meant, and nothing of it is taken.
     #[cold]
-    fn follow_jump(&mut self, guest: &GuestMemory) {
-        match self.queue.avail_idx(guest, Ordering::Acquire) {
-            Ok(index) => {
-                self.jumped_from = Some(self.queue.next_avail());
-                self.queue.set_next_avail(index.0);
-                self.shared.complain_ring(
-                    Complaint::Index,
-                    &"the available index is ahead by more than the queue's size",
-                );
-            }
-            Err(_) => self.forget_check(),
-        }
+    fn follow_jump(&mut self, index: u16) {
+        self.jumped_from = Some(self.ring.next_avail());
+        self.ring.set_next_avail(index);
+        self.shared.complain_ring(
+            Complaint::Index,
+            &"the available index is ahead by more than the queue's size",
+        );
     }
 
     /// After a jump the guest may go on from the new place or return to the old one: it is at the
     /// one that its next request is closer to.
     #[cold]
-    fn settle_jump(&mut self, guest: &GuestMemory, old: u16) {
-        let Ok(index) = self.queue.avail_idx(guest, Ordering::Acquire) else {
-            return self.forget_check();
-        };
-        let beyond_new = index.0.wrapping_sub(self.queue.next_avail());
-        let beyond_old = index.0.wrapping_sub(old);
+    fn settle_jump(&mut self, view: &View<'_>, old: u16) {
+        let index = view.available_index();
+        let beyond_new = index.wrapping_sub(self.ring.next_avail());
+        let beyond_old = index.wrapping_sub(old);
         if beyond_new == 0 {
             return;
         }
         self.jumped_from = None;
-        if beyond_old <= self.queue.size() && beyond_old < beyond_new {
-            self.queue.set_next_avail(old);
+        if beyond_old <= self.ring.size() && beyond_old < beyond_new {
+            self.ring.set_next_avail(old);
         }
     }
 
-    /// Serves a chain that was just taken.
-    fn serve(&mut self, memory: &Arc<Memory>, chain: Chain) {
-        let guest = memory.guest();
-        let unread = chain.copy_readable(guest, &mut self.bytes, S::MAX_REQUEST_LEN);
-        let (reply, unwritable) = chain.writable_slices(guest);
-        if let Some(fault) = chain.fault().or(unread.err()).or(unwritable) {
-            return self.refuse_chain(guest, &chain, fault, &reply);
+    /// Serves the chain that begins at `head`.
+    fn serve(&mut self, view: &View<'_>, memory: &Arc<Memory>, head: u16) {
+        let chain = Chain::walk(head, &view.descriptors, memory);
+        let (len, unread) = chain.copy_readable(memory, &mut self.bytes, S::MAX_REQUEST_LEN);
+        let (reply, unwritable) = chain.writable_slices(memory);
+        if let Some(fault) = chain.fault().or(unread).or(unwritable) {
+            return self.refuse_chain(view, &chain, len, fault, &reply);
         }
-        let request = match self.shared.service.parse(&self.bytes) {
+        let request = match self.shared.service.parse(&self.bytes[..len]) {
             Ok(request) => request,
             Err(errno) => {
                 self.shared.complain(Complaint::Request, &"a request that makes no sense");
-                let len = self.shared.service.refuse(&self.bytes, errno, &reply);
-                return self.give_back(guest, &chain, len);
+                let len = self.shared.service.refuse(&self.bytes[..len], errno, &reply);
+                return self.give_back(view, &chain, len);
             }
         };
         match handle(&*self.shared, &request, &reply, &self.no_pins) {
@@ -374,36 +370,31 @@ impl<S: Serve> Worker<S> {
                 };
                 self.hold(held, wait);
             }
-            outcome => self.finish(guest, &chain, outcome),
-        }
-    }
-
-    /// Serves a chain that was taken before this worker began.
-    #[cold]
-    fn serve_again(&mut self, memory: &Arc<Memory>, head: u16) {
-        match Chain::again(head, &self.queue, memory.guest()) {
-            Some(chain) => self.serve(memory, chain),
-            None => log::error!("queue {}: chain {head} cannot be followed", self.shared.index),
+            outcome => self.finish(view, &chain, outcome),
         }
     }
 
     #[cold]
     fn refuse_chain(
         &mut self,
-        guest: &GuestMemory,
+        view: &View<'_>,
         chain: &Chain,
+        len: usize,
         fault: Fault,
         reply: &[VolatileSlice<'_>],
     ) {
         self.shared.complain(Complaint::Chain, &fault);
         let service = &self.shared.service;
-        let len = service.refuse(&self.bytes, libc::EIO, reply);
-        self.give_back(guest, chain, len);
+        let len = service.refuse(&self.bytes[..len], libc::EIO, reply);
+        self.give_back(view, chain, len);
     }
 
-    /// Serves or ends held requests, as the notes say. `guest` is where the ring is now; the
-    /// requests' own buffers are where they were when they came.
-    fn read_notes(&mut self, guest: &GuestMemory) {
+    /// Serves or ends held requests, as the notes say. `view` is where the ring is now; the requests'
+    /// own buffers are where they were when they came.
+    fn read_notes(&mut self, view: &View<'_>) {
+        if !self.shared.inbox().has_notes() {
+            return;
+        }
         let shared = Arc::clone(&self.shared);
         let mut notes = std::mem::take(&mut self.notes);
         shared.inbox().collect(&mut notes);
@@ -411,7 +402,7 @@ impl<S: Serve> Worker<S> {
             match note {
                 Note::Ready(ticket, pins) => {
                     if let Some(held) = self.held.take(ticket, shared.inbox()) {
-                        self.resume(guest, held, &pins);
+                        self.resume(view, held, &pins);
                     }
                 }
                 Note::Lost(ticket) => {
@@ -422,12 +413,12 @@ impl<S: Serve> Worker<S> {
                             shared.index,
                             held.unique
                         );
-                        self.end(guest, &held, libc::EIO);
+                        self.end(view, &held, libc::EIO);
                     }
                 }
                 Note::Interrupt(unique) => {
                     if let Some(held) = self.held.interrupt(unique, shared.inbox()) {
-                        self.end(guest, &held, libc::EINTR);
+                        self.end(view, &held, libc::EINTR);
                     }
                 }
             }
@@ -436,20 +427,20 @@ impl<S: Serve> Worker<S> {
     }
 
     /// Serves a request again whose wait is over.
-    fn resume(&mut self, guest: &GuestMemory, held: Held<S::Request>, pins: &S::Pins) {
+    fn resume(&mut self, view: &View<'_>, held: Held<S::Request>, pins: &S::Pins) {
         let memory = Arc::clone(&held.memory);
-        let (reply, _) = held.chain.writable_slices(memory.guest());
+        let (reply, _) = held.chain.writable_slices(&memory);
         match handle(&*self.shared, &held.request, &reply, pins) {
             Outcome::Wait(wait) => self.hold(held, wait),
-            outcome => self.finish(guest, &held.chain, outcome),
+            outcome => self.finish(view, &held.chain, outcome),
         }
     }
 
     /// Answers a held request with an error.
-    fn end(&mut self, guest: &GuestMemory, held: &Held<S::Request>, errno: i32) {
-        let (reply, _) = held.chain.writable_slices(held.memory.guest());
+    fn end(&mut self, view: &View<'_>, held: &Held<S::Request>, errno: i32) {
+        let (reply, _) = held.chain.writable_slices(&held.memory);
         let len = self.shared.service.error(held.unique, errno, &reply);
-        self.give_back(guest, &held.chain, len);
+        self.give_back(view, &held.chain, len);
     }
 
     fn hold(&mut self, held: Held<S::Request>, wait: Wait<S::Pins>) {
@@ -458,7 +449,7 @@ impl<S: Serve> Worker<S> {
     }
 
     /// Gives back a request that has been served.
-    fn finish(&mut self, guest: &GuestMemory, chain: &Chain, outcome: Outcome<S::Pins>) {
+    fn finish(&mut self, view: &View<'_>, chain: &Chain, outcome: Outcome<S::Pins>) {
         let len = match outcome {
             Outcome::Reply(len) => len.min(chain.writable_len()),
             Outcome::NoReply | Outcome::Wait(_) => 0,
@@ -469,53 +460,37 @@ impl<S: Serve> Worker<S> {
                 0
             }
         };
-        self.give_back(guest, chain, len);
+        self.give_back(view, chain, len);
     }
 
     /// Puts a chain into the used ring, with the number of bytes that were written to it.
-    fn give_back(&mut self, guest: &GuestMemory, chain: &Chain, len: u32) {
+    fn give_back(&mut self, view: &View<'_>, chain: &Chain, len: u32) {
         let head = chain.head();
         if self.order.to_abandon() {
             return;
         }
         if let Some(record) = &self.record {
             record.keep_agreed(self.shared.service.agreed());
-            record.giving(head, self.queue.next_used());
+            record.giving(head, self.ring.next_used());
         }
-        match self.queue.add_used(guest, head, len) {
-            Ok(()) => {
-                if let Some(record) = &self.record {
-                    record.given(head, self.queue.next_used());
-                }
-                self.unsignalled += 1;
-                self.unsignalled_bytes = self.unsignalled_bytes.saturating_add(len);
-            }
-            Err(_) => self.forget_check(),
+        self.ring.give_back(view, head, len);
+        if let Some(record) = &self.record {
+            record.given(head, self.ring.next_used());
         }
+        self.unsignalled += 1;
+        self.unsignalled_bytes = self.unsignalled_bytes.saturating_add(len);
     }
 
     /// Tells the guest about answers it has not been told of, if it wants to know.
-    fn signal(&mut self, guest: &GuestMemory) {
+    fn signal(&mut self, view: &View<'_>) {
         if self.unsignalled == 0 {
             return;
         }
         self.unsignalled = 0;
         self.unsignalled_bytes = 0;
-        if self.wants_signal(guest) {
+        if self.ring.wants_call(view) {
             self.shared.signal();
         }
-    }
-
-    fn wants_signal(&mut self, guest: &GuestMemory) -> bool {
-        // With a fence between the answers and what the guest last said.
-        if !self.queue.needs_notification(guest).unwrap_or(true) {
-            return false;
-        }
-        if self.queue.event_idx_enabled() {
-            return true;
-        }
-        let flags = guest.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
-        flags.map_or(true, |flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 }
 
@@ -530,9 +505,9 @@ enum End {
 }
 
 /// What the available ring had to offer.
-enum Popped<'m> {
+enum Popped {
     /// A chain to follow, by a head that can be given back.
-    Head(DescriptorChain<&'m GuestMemory>),
+    Head(u16),
     /// An entry that cannot be given back.
     Nonsense,
     Nothing,

@@ -9,13 +9,10 @@
 //! (`inflight`) says which chains are still to be answered.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{Address, GuestAddress};
 
 use super::Serve;
 use super::counters::Complaint;
@@ -23,6 +20,7 @@ use super::held::HeldTable;
 use super::inflight::{Found, Inflight, Record};
 use super::memory::Memory;
 use super::queue::{Kick, Order, Shared, Worker};
+use super::split::{Parts, SplitRing};
 use super::state::RingState;
 
 /// Longest ring we take, in descriptors.
@@ -48,18 +46,18 @@ struct Place {
 }
 
 impl Place {
-    fn of(queue: &Queue) -> Place {
+    fn of(ring: &SplitRing) -> Place {
         Place {
-            size: queue.size(),
-            parts: [queue.desc_table(), queue.avail_ring(), queue.used_ring()],
-            next_avail: queue.next_avail(),
-            next_used: queue.next_used(),
+            size: ring.size(),
+            parts: ring.addresses(),
+            next_avail: ring.next_avail(),
+            next_used: ring.next_used(),
         }
     }
 }
 
 /// What a thread returns of its ring.
-type Remains<S> = (Queue, HeldTable<<S as Serve>::Request>);
+type Remains<S> = (SplitRing, HeldTable<<S as Serve>::Request>);
 
 enum State<S: Serve> {
     /// `held` belongs to the ring as it stood at `place`.
@@ -308,22 +306,22 @@ fn record<S: Serve>(
     record
 }
 
-/// What the device that served the ring before has left unanswered, and `queue` behind it: as the
+/// What the device that served the ring before has left unanswered, and `ring` behind it: as the
 /// record says or, if there is none, a snapshot.
 fn recovered<S: Serve>(
-    queue: &mut Queue,
+    ring: &mut SplitRing,
     memory: &Memory,
     record: Option<&Record>,
     before: Option<RingState>,
     shared: &Shared<S>,
 ) -> HeldTable<S::Request> {
-    let used = queue.next_used();
-    let Ok(avail) = queue.avail_idx(memory.guest(), Ordering::Acquire) else {
-        return HeldTable::new();
-    };
-    let found = match (record.map_or(Found::Nothing, |record| record.find(used, avail.0)), before) {
+    let used = ring.next_used();
+    let parts = ring.parts(memory);
+    let Some(view) = parts.as_ref().and_then(Parts::view) else { return HeldTable::new() };
+    let avail = view.available_index();
+    let found = match (record.map_or(Found::Nothing, |record| record.find(used, avail)), before) {
         (Found::Nothing, Some(before)) => {
-            let outstanding = usize::from(avail.0.wrapping_sub(used));
+            let outstanding = usize::from(avail.wrapping_sub(used));
             if before.used == used && before.heads.len() <= outstanding {
                 Found::Heads(before.heads)
             } else {
@@ -349,7 +347,7 @@ fn recovered<S: Serve>(
             );
             // Some VMMs say where the driver is, which may be ahead of what has been taken.
             let taken = u16::try_from(heads.len()).unwrap_or_default();
-            queue.set_next_avail(used.wrapping_add(taken));
+            ring.set_next_avail(used.wrapping_add(taken));
             // The last answers may not have been announced.
             shared.signal();
             HeldTable::of_heads(heads)
@@ -364,26 +362,11 @@ fn prepare(
     addresses: Addresses,
     base: u16,
     event_idx: bool,
-) -> Option<Queue> {
-    let mut queue = Queue::new(MAX_SIZE).ok()?;
-    queue.try_set_size(size).ok()?;
+) -> Option<SplitRing> {
     let part = |addr| memory.guest_addr(addr);
-    queue.try_set_desc_table_address(part(addresses.descriptors)?).ok()?;
-    let available = part(addresses.available)?;
-    // The queue takes address 0 for "not set".
-    queue.try_set_avail_ring_address(nonzero(available)?).ok()?;
-    queue.try_set_used_ring_address(part(addresses.used)?).ok()?;
-    queue.set_event_idx(event_idx);
-    queue.set_ready(true);
-    if !queue.is_valid(memory.guest()) {
-        return None;
-    }
-    queue.set_next_avail(base);
-    let used = queue.used_idx(memory.guest(), Ordering::Acquire).ok()?;
-    queue.set_next_used(used.0);
-    Some(queue)
-}
-
-fn nonzero(addr: GuestAddress) -> Option<GuestAddress> {
-    (addr.raw_value() != 0).then_some(addr)
+    let parts = [part(addresses.descriptors)?, part(addresses.available)?, part(addresses.used)?];
+    let mut ring = SplitRing::new(size, parts, event_idx, base)?;
+    let found = ring.parts(memory)?;
+    ring.resume_used(&found.view()?);
+    Some(ring)
 }

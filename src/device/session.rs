@@ -202,6 +202,7 @@ impl<S: Serve> Session<S> {
                 counters: Arc::clone(&device.counters),
                 complaints: Arc::clone(&complaints),
                 runtime: device.runtime.clone(),
+                busy_poll: device.config.busy_poll,
             }))
         };
         Ok(Session {
@@ -308,7 +309,7 @@ fn config_space(config: &DeviceConfig) -> [u8; CONFIG_LEN] {
     let mut space = [0; CONFIG_LEN];
     let tag = config.tag.as_bytes();
     space[..tag.len()].copy_from_slice(tag);
-    space[TAG_LEN..TAG_LEN + 4].copy_from_slice(&u32::from(config.request_queues).to_le_bytes());
+    space[TAG_LEN..TAG_LEN + 4].copy_from_slice(&u32::from(config.advised_queues).to_le_bytes());
     space
 }
 

@@ -217,12 +217,22 @@ pub struct Daemon {
 
 impl Daemon {
     pub fn start(request_queues: u16) -> Daemon {
+        Daemon::start_polling(request_queues, Duration::ZERO)
+    }
+
+    /// With queues that look for the next request for as long as `busy_poll`.
+    pub fn start_polling(request_queues: u16, busy_poll: Duration) -> Daemon {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fs.sock");
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
         let world = Arc::new(World::default());
-        let config = DeviceConfig { tag: "toy".to_owned(), request_queues };
+        let config = DeviceConfig {
+            tag: "toy".to_owned(),
+            request_queues,
+            advised_queues: request_queues,
+            busy_poll,
+        };
         let device = Device::with_service(config, runtime.handle().clone(), {
             let world = Arc::clone(&world);
             move || {

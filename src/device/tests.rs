@@ -555,6 +555,27 @@ fn without_event_idx_a_polling_guest_is_not_called() {
 }
 
 #[test]
+fn a_queue_that_polls_needs_no_kick() {
+    let daemon = Daemon::start_polling(1, Duration::from_secs(600));
+    let mut vmm = Vmm::started(&daemon.path, 2);
+    vmm.echo(1, 0);
+    for slot in 1..20 {
+        let bytes = request(ECHO, u64::from(slot), b"unannounced");
+        let head = vmm.rings[1].prepare(slot, &bytes, 64);
+        vmm.rings[1].publish(head);
+        assert_eq!(vmm.receive(1, slot).body, b"unannounced");
+    }
+    // What becomes ready meanwhile is noticed, too.
+    vmm.send(1, 0, &request(WAIT, 7, b"cold"), 64);
+    eventually("it waits", || daemon.world.waiting() == 1);
+    assert!(daemon.world.release(7));
+    assert_eq!(vmm.receive(1, 0).body, b"cold");
+    let begin = Instant::now();
+    vmm.stop_ring(1);
+    assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
+}
+
+#[test]
 fn stop_and_continue_lose_nothing() {
     let daemon = Daemon::start(1);
     let mut vmm = Vmm::started(&daemon.path, 2);

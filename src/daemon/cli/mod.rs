@@ -84,8 +84,10 @@ pub struct Options {
     pub supervisor: Option<String>,
     /// 1 to 36 bytes.
     pub tag: String,
-    /// 1 to 64.
-    pub request_queues: u16,
+    /// 1 to 64; none: as many as a VMM wants, and those that ask are told the number of processors.
+    pub request_queues: Option<u16>,
+    /// How long a queue looks for the next request before it sleeps; zero: not at all.
+    pub busy_poll: Duration,
     /// Threads that decompress and verify; 0: chosen by the number of processors.
     pub workers: u16,
     /// How long a guest's read may wait for a backend.
@@ -158,11 +160,22 @@ struct Cli {
 
     /// Request queues offered to the VMM
     ///
-    /// Default: 64. Range: 1 to 64. Each queue that the VMM starts gets one thread; the number of
-    /// virtual processors is a good number of queues, and it is the VMM that chooses it.
+    /// Default: as many as the VMM wants, up to 64; a VMM or guest that asks is told the number of this
+    /// host's processors. Range: 1 to 64. Each queue that the VMM starts gets one thread, which sleeps
+    /// when it has nothing to do. A guest uses no more queues than it has processors.
     #[arg(long, global = true, value_name = "N", help_heading = "Device",
           value_parser = clap::value_parser!(u16).range(1..=64))]
     num_request_queues: Option<u16>,
+
+    /// How long a queue looks for the next request before it sleeps
+    ///
+    /// Default: 0, not at all. A number with a unit, at most 10ms: 50us. Answers come sooner, as the
+    /// guest need not wake the queue's thread; that thread then takes a processor as long as requests
+    /// follow each other so closely, and that much longer after the last one. For guests whose requests
+    /// are few and wait for each other, on hosts with processors to spare.
+    #[arg(long, global = true, value_name = "DURATION", help_heading = "Device",
+          value_parser = busy_poll)]
+    busy_poll: Option<Duration>,
 
     /// Image to serve: the bootstrap (metadata) of a RAFS v6 image
     ///
@@ -468,7 +481,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         id: cli.id,
         supervisor: cli.supervisor,
         tag,
-        request_queues: cli.num_request_queues.unwrap_or(64),
+        request_queues: cli.num_request_queues,
+        busy_poll: cli.busy_poll.unwrap_or_default(),
         workers: if on_host { 0 } else { cli.thread_num.unwrap_or(0) },
         read_timeout: cli.read_timeout.unwrap_or(Duration::from_secs(60)),
         rlimit_nofile: cli.rlimit_nofile.unwrap_or(1_000_000),
@@ -488,6 +502,14 @@ fn duration(text: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text).map_err(|e| e.to_string())?;
     let range = Duration::from_millis(1)..=Duration::from_secs(24 * 3600);
     range.contains(&time).then_some(time).ok_or_else(|| "use 1ms to 24h".to_owned())
+}
+
+fn busy_poll(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let time = humantime::parse_duration(text).map_err(|e| e.to_string())?;
+    (time <= Duration::from_millis(10)).then_some(time).ok_or_else(|| "use 0 to 10ms".to_owned())
 }
 
 #[cfg(test)]
@@ -562,7 +584,12 @@ mod tests {
     fn units_and_ranges() {
         let o = options("--sock S --read-timeout 1500ms --thread-num 3 --num-request-queues 2");
         assert_eq!(o.read_timeout, Duration::from_millis(1500));
-        assert_eq!((o.workers, o.request_queues), (3, 2));
+        assert_eq!((o.workers, o.request_queues), (3, Some(2)));
+        assert_eq!(options("--sock S").request_queues, None);
+        for (text, want) in [("0", 0), ("0s", 0), ("50us", 50), ("10ms", 10_000)] {
+            let line = format!("--sock S --busy-poll {text}");
+            assert_eq!(options(&line).busy_poll, Duration::from_micros(want), "{text}");
+        }
         assert_eq!(options("--sock S --log-rotation-size 2 -L x").log_rotation_bytes, 2 << 20);
         for bad in [
             "--sock S --read-timeout 5",
@@ -570,6 +597,8 @@ mod tests {
             "--sock S --thread-num 1025",
             "--sock S --num-request-queues 0",
             "--sock S --num-request-queues 65",
+            "--sock S --busy-poll 11ms",
+            "--sock S --busy-poll 5",
             "--sock S --log-level loud",
             "--sock S --tag 0123456789012345678901234567890123456",
         ] {

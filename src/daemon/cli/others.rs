@@ -136,6 +136,7 @@ pub(super) fn ignored(cli: &Cli) -> Vec<(String, &'static str)> {
     let flags = [
         ("--sock", host && cli.sock.is_some(), VIRTIOFS_ONLY),
         ("--tag", host && cli.tag.is_some(), VIRTIOFS_ONLY),
+        ("--busy-poll", host && cli.busy_poll.is_some(), VIRTIOFS_ONLY),
         ("--num-request-queues", host && cli.num_request_queues.is_some(), VIRTIOFS_ONLY),
         ("--mountpoint", !host && cli.mountpoint.is_some(), FUSE_ONLY),
         ("--failover-policy", !host && cli.failover_policy.is_some(), FUSE_ONLY),
