@@ -322,7 +322,8 @@ fn recovered<S: Serve>(
     let found = match (record.map_or(Found::Nothing, |record| record.find(used, avail)), before) {
         (Found::Nothing, Some(before)) => {
             let outstanding = usize::from(avail.wrapping_sub(used));
-            if before.used == used && before.heads.len() <= outstanding {
+            let exist = before.heads.iter().all(|head| *head < ring.size());
+            if exist && before.used == used && before.heads.len() <= outstanding {
                 Found::Heads(before.heads)
             } else {
                 Found::Stale

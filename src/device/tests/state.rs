@@ -104,6 +104,6 @@ fn states_that_cannot_be() {
     let head = vmm.rings[1].prepare(0, &request(ECHO, 1, b"a"), 64);
     vmm.rings[1].publish(head);
     vmm.start_ring(1, 1);
-    // One is outstanding, and the state says that it is another: it is never answered.
+    // The state says that what is outstanding is a chain that cannot be: the ring starts as told.
     vmm.echo(1, 1);
 }
