@@ -30,6 +30,7 @@ use super::memory::{Memory, MemoryError, Placement};
 use super::queue::{Kick, Shared};
 use super::ring::{Addresses, MAX_SIZE, Ring};
 use super::shmem::Shmem;
+use super::state::{State, Transfer};
 use super::stop::Stop;
 use super::{Device, DeviceConfig, Serve};
 use crate::fuse::SharedMemory;
@@ -64,6 +65,7 @@ fn protocol_features(window: bool) -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
 }
 
 /// Serves a VMM until it goes, the connection breaks, or `stop` is raised. When this returns,
@@ -181,6 +183,8 @@ struct Session<S: Serve> {
     features: u64,
     protocol_features: u64,
     shmem: Option<Arc<Shmem>>,
+    /// A state that is being saved or loaded.
+    transfer: Option<Transfer>,
     /// The channel for requests to the VMM, where there is no `shmem` for it. A VMM that has opened
     /// it complains when it is closed early.
     _backend_channel: Option<Backend>,
@@ -218,6 +222,7 @@ impl<S: Serve> Session<S> {
             features: 0,
             protocol_features: 0,
             shmem,
+            transfer: None,
             _backend_channel: None,
         })
     }
@@ -281,6 +286,35 @@ impl<S: Serve> Session<S> {
         if started {
             self.set_started(true);
         }
+    }
+
+    /// What another process needs to go on from here. All rings must stand still.
+    fn state(&self) -> io::Result<State> {
+        if self.rings.iter().any(Ring::is_working) {
+            return Err(io::Error::other("a queue is still working"));
+        }
+        let agreed = self.service.agreed();
+        if agreed != 0
+            && let Some(ties) = self.service.ties()
+        {
+            return Err(io::Error::other(ties));
+        }
+        Ok(State { agreed, rings: self.rings.iter().filter_map(Ring::held).collect() })
+    }
+
+    /// Goes on from the state of another process.
+    fn load(&mut self, state: State) -> std::result::Result<(), &'static str> {
+        if self.rings.iter().any(Ring::is_working) {
+            return Err("a queue is working already");
+        }
+        if state.agreed != 0 {
+            self.service.resume(state.agreed)?;
+        }
+        for held in state.rings {
+            let ring = self.rings.get_mut(usize::from(held.index));
+            ring.ok_or("it holds requests of a queue that is not here")?.set_before(held);
+        }
+        Ok(())
     }
 
     /// Ends all threads and lets go of everything.
@@ -543,15 +577,37 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
 
     fn set_device_state_fd(
         &mut self,
-        _: VhostTransferStateDirection,
-        _: VhostTransferStatePhase,
-        _: File,
+        direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        file: File,
     ) -> Result<Option<File>> {
-        Err(unsupported())
+        let begun = match direction {
+            VhostTransferStateDirection::SAVE => {
+                self.state().and_then(|state| Transfer::save(&state, file))
+            }
+            VhostTransferStateDirection::LOAD => Transfer::load(file),
+        };
+        match begun {
+            Ok(transfer) => self.transfer = Some(transfer),
+            Err(e) => {
+                log::error!("vhost-user: the device's state cannot be moved: {e}");
+                return Err(Error::ReqHandlerError(e));
+            }
+        }
+        Ok(None)
     }
 
+    /// Ends a transfer and takes over what was loaded.
     fn check_device_state(&mut self) -> Result<()> {
-        Err(unsupported())
+        let transfer = self.transfer.take().ok_or_else(|| refused("no state was moved"))?;
+        let moved = transfer.finish().and_then(|state| match state {
+            Some(state) => self.load(state).map_err(io::Error::other),
+            None => Ok(()),
+        });
+        moved.map_err(|e| {
+            log::error!("vhost-user: moving the device's state: {e}");
+            Error::ReqHandlerError(e)
+        })
     }
 
     /// Region 0 is the DAX window. Without one drivers read through the queues.

@@ -10,6 +10,7 @@
 pub mod abi;
 mod counters;
 mod dax;
+mod file_stats;
 mod file_system;
 mod host;
 mod known;
@@ -33,6 +34,7 @@ pub use dax::{
     DaxCounters, DaxOptions, DaxPolicy, MAX_PRIVATE_WINDOW, MAX_SHARED_WINDOW, MIN_WINDOW,
     MapError, SharedMemory,
 };
+pub use file_stats::{Access, FileNumbers, FileStats, FileStatsOptions, OPERATIONS};
 pub use host::{Ended, HostMount, HostSession, MountHostError, is_mounted};
 pub use mount_path::{MountPath, PathError};
 pub use mounts::{AnyFs, MountError, Mounts};
