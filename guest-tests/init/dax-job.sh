@@ -74,10 +74,7 @@ unplugged() {
     exec 9</mnt/odd
     please unplug
     for i in $(seq 60); do
-        if ! ls /sys/bus/virtio/devices/* >/dev/null 2>&1; then
-            ! ls /mnt/odd 2>&1
-            return
-        fi
+        if ! ls /sys/bus/virtio/devices/* >/dev/null 2>&1; then return; fi
         sleep 1
     done
     return 1
