@@ -30,7 +30,7 @@ const LOG_SETTLES: Duration = Duration::from_millis(150);
 pub struct Setup {
     /// Name and password of the one user; without it, everybody may push and pull.
     pub user: Option<(String, String)>,
-    /// Serve TLS with a certificate for `localhost` and 127.0.0.1 of a CA made for this registry.
+    /// Serve TLS with a certificate for `localhost`, `registry.test` and 127.0.0.1 of a CA made for this registry.
     pub tls: bool,
 }
 
@@ -166,6 +166,11 @@ impl Registry {
     /// `127.0.0.1:PORT`, as the first part of a reference and as `host` of a daemon's configuration.
     pub fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// Name and password of its one user.
+    pub fn user(&self) -> Option<(String, String)> {
+        self.setup.user.clone()
     }
 
     pub fn port(&self) -> u16 {
@@ -342,7 +347,7 @@ fn parse_access(line: &str) -> Option<Request> {
     })
 }
 
-/// A CA, and a certificate of it for `localhost` and 127.0.0.1, valid for two days. skopeo takes a directory
+/// A CA, and a certificate of it for `localhost`, `registry.test` and 127.0.0.1, valid for two days. skopeo takes a directory
 /// of CAs, so that one is alone in its own.
 fn make_certificates(parts: &Parts, dir: &Path) -> Result<()> {
     fs::create_dir(dir.join("certificates"))?;
@@ -352,7 +357,7 @@ fn make_certificates(parts: &Parts, dir: &Path) -> Result<()> {
          [ca]\nbasicConstraints = critical, CA:TRUE\nkeyUsage = critical, keyCertSign\n\
          subjectKeyIdentifier = hash\n\
          [server]\nbasicConstraints = critical, CA:FALSE\nextendedKeyUsage = serverAuth\n\
-         subjectAltName = DNS:localhost, IP:127.0.0.1\nauthorityKeyIdentifier = keyid\n",
+         subjectAltName = DNS:localhost, DNS:registry.test, IP:127.0.0.1\nauthorityKeyIdentifier = keyid\n",
     )?;
     let openssl = |arguments: &str| -> Result<()> {
         let mut command = Command::new(parts.path("openssl")?);

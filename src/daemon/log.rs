@@ -333,7 +333,11 @@ impl Sink {
     }
 }
 
+/// Makes the directories that are missing, too: nydus-snapshotter names a file in one of its own for each daemon.
 fn open_append(path: &Path) -> io::Result<File> {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
     File::options().create(true).append(true).open(path)
 }
 
@@ -502,14 +506,14 @@ mod tests {
     #[test]
     fn a_log_file_is_appended_to_and_rotated() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("rafsd.log");
-        std::fs::write(&path, "before\n").unwrap();
+        let path = dir.path().join("logs/d1/rafsd.log");
+        Sink::file(path.clone(), 0).unwrap().write(b"before\n").unwrap();
         let mut sink = Sink::file(path.clone(), 20).unwrap();
         for line in ["second\n", "third\n", "fourth\n"] {
             sink.write(line.as_bytes()).unwrap();
         }
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "fourth\n");
-        let old = std::fs::read_to_string(dir.path().join("rafsd.log.1")).unwrap();
+        let old = std::fs::read_to_string(path.with_extension("log.1")).unwrap();
         assert_eq!(old, "before\nsecond\nthird\n");
     }
 }

@@ -22,8 +22,8 @@ use super::counters::{OpCounters, OpTimes, OpTotals, Times};
 use super::file_system::{Entry, FileSystem, FsError};
 use super::mount_path::MountPath;
 use super::passthrough::PassthroughFs;
-use super::pseudo::{Child, Directories, PSEUDO_ATTR_SECS};
-use super::rafs_fs::RafsFs;
+use super::pseudo::{Child, Directories};
+use super::rafs_fs::{RafsFs, VALID_SECS};
 
 /// Bits of a node id that are the file system's own.
 pub(super) const NODE_BITS: u32 = 40;
@@ -448,7 +448,7 @@ impl Tree {
 }
 
 fn pseudo_entry(node: u64, attr: Attr) -> EntryOut {
-    EntryOut { nodeid: node, attr_valid: PSEUDO_ATTR_SECS, attr, ..EntryOut::default() }
+    EntryOut { nodeid: node, attr_valid: VALID_SECS, attr, ..EntryOut::default() }
 }
 
 impl Mounted {

@@ -2,7 +2,9 @@
 //!
 //! They come with the first mount below them and go with the last. A directory's number follows from
 //! its path, so a guest that is inside one finds it again when it comes back, also in the daemon
-//! that was started again. Guests may remember neither names nor missing names here.
+//! that was started again. Guests may remember neither names nor missing names here, but attributes for
+//! ever: while a host's mount has no daemon, who looks at the mountpoint must not wait for one. That is what
+//! nydus-snapshotter does before it starts the next.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -14,11 +16,10 @@ use super::file_system::{Entry, FileSystem, FsError};
 use super::listing::{Listing, Name};
 use super::mount_path::MountPath;
 use super::mounts::NODE_BITS;
+use super::rafs_fs::VALID_SECS;
 use super::reply::Payload;
 use super::wait::Pins;
 
-/// Seconds for which a guest may remember the attributes of such a directory.
-pub(super) const PSEUDO_ATTR_SECS: u64 = 1;
 /// Cookies of `.` and `..`; those of children come behind.
 const DOT: u64 = 1;
 const DOT_DOT: u64 = 2;
@@ -67,10 +68,6 @@ impl Directory {
             self.order.remove(&cookie);
         }
         self.changed = SystemTime::now();
-    }
-
-    fn subdirs(&self) -> usize {
-        self.children.len()
     }
 }
 
@@ -196,7 +193,7 @@ impl FileSystem for Directories {
     }
 
     fn valid_secs(&self) -> u64 {
-        PSEUDO_ATTR_SECS
+        VALID_SECS
     }
 
     fn immutable(&self) -> bool {
@@ -238,7 +235,8 @@ impl FileSystem for Directories {
             mtimensec: nsec,
             ctimensec: nsec,
             mode: libc::S_IFDIR | 0o755,
-            nlink: u32::try_from(dir.subdirs()).unwrap_or(u32::MAX - 2) + 2,
+            // As on btrfs: it says nothing of the directories inside, which come and go.
+            nlink: 1,
             blksize: 4096,
             ..Attr::default()
         })

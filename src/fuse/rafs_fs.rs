@@ -22,7 +22,7 @@ use crate::rafs::{Bootstrap, Dir, FileKind, FormatError, Inode};
 
 /// Seconds for which a guest may remember names and attributes: the most that every kernel turns
 /// into a time without overflow, 136 years.
-const VALID_SECS: u64 = u32::MAX as u64;
+pub(super) const VALID_SECS: u64 = u32::MAX as u64;
 
 /// How an image is shown. Extended attributes are, if the image's flags say that it has some.
 #[derive(Clone, Debug)]
