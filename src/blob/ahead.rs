@@ -35,8 +35,10 @@ const CREDIT: u64 = 4 << 20;
 const MEMORY: u64 = 32 << 20;
 /// A reader that went from file to file in their order so often goes on.
 const FILES_IN_ORDER: u32 = 3;
-/// A file that is taken along has at most one in so many of the bytes that may be guessed at once.
+/// A file that is taken along has at most one in so many of the bytes that may be guessed at once,
+/// and at most so many.
 const FILE_SHARE: u64 = 3;
+const FILE_MOST: u64 = 128 << 10;
 /// A guess of fewer bytes is not worth a request.
 const LEAST: u64 = 4 << 10;
 
@@ -249,7 +251,7 @@ impl Blob {
         }
         let flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
         let missing = |i| !self.verified.get(i) && !flights.contains_key(&i);
-        let runs = near.around(chunks, budget, budget / FILE_SHARE, |i| {
+        let runs = near.around(chunks, budget, (budget / FILE_SHARE).min(FILE_MOST), |i| {
             missing(i) && !state.queue.iter().any(|run| run.contains(&i))
         });
         drop(flights);

@@ -32,8 +32,8 @@ const FIRST_LISTED_BYTES: u64 = 2 << 20;
 const FIRST_LOW_BYTES: u64 = 1 << 20;
 /// A shorter latency is that of this host; nothing is gained by asking early.
 const NEAR: Duration = Duration::from_millis(1);
-/// With this latency as much is asked for early as the link carries in its time; with half of it, half
-/// of that; with more, more, up to one and a half times.
+/// From this latency on as much is asked for early as the link carries in its time; with half of it,
+/// half of that.
 const FAR: Duration = Duration::from_millis(5);
 /// For so many latencies after the last demand more demand is expected.
 const DEMAND_LINGERS: u32 = 2;
@@ -88,9 +88,8 @@ impl Link {
         self.measured().product()
     }
 
-    /// Bytes worth asking for early because somebody waits: what comes in the time of an answer and a
-    /// half, and less from a source that is near, as a wait for it costs little. 0 as for
-    /// [`Link::product`].
+    /// Bytes worth asking for early because somebody waits: what comes in the time of an answer, and
+    /// less from a source that is near, as a wait for it costs little. 0 as for [`Link::product`].
     pub fn width(&self) -> u64 {
         self.measured().width()
     }
@@ -229,7 +228,7 @@ impl Measured {
 
     fn width(&self) -> u64 {
         let far = FAR.as_micros();
-        let latency = self.latency().unwrap_or_default().as_micros().min(far * 3 / 2);
+        let latency = self.latency().unwrap_or_default().as_micros().min(far);
         let width = u128::from(self.product()) * latency / far;
         u64::try_from(width).unwrap_or(u64::MAX)
     }
@@ -399,7 +398,7 @@ mod tests {
     #[test]
     fn the_nearer_a_source_the_less_is_guessed() {
         // (latency in ms, bytes at 100 MiB/s)
-        let cases = [(1, 20_971), (2, 83_886), (5, MIB / 2), (10, MIB / 2 * 3), (20, MIB * 3)];
+        let cases = [(1, 20_971), (2, 83_886), (5, MIB / 2), (10, MIB), (20, 2 * MIB)];
         for (ms, want) in cases {
             let mut measured = Measured::default();
             measured.latencies.add(ms * 1000);

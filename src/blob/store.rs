@@ -27,8 +27,8 @@ use crate::rafs::id::{BlobId, BlobIndex, ChunkIndex};
 use crate::rafs::layout::BLOCK_SIZE;
 use crate::rafs::{BlobInfo, Bootstrap};
 
-/// Most bytes asked for early because of one chunk unless a config says otherwise.
-const DEFAULT_AMPLIFY: u64 = 2 << 20;
+/// Most bytes asked for early because of one chunk unless a config says otherwise: nydusd's default.
+const DEFAULT_AMPLIFY: u64 = 1 << 20;
 
 /// How a [`Store`] works. [`StoreConfig::new`] gives the defaults.
 #[derive(Clone, Debug)]
@@ -335,7 +335,7 @@ impl Blob {
     }
 
     /// Sets how many bytes may be fetched early because a reader wants a chunk, until it goes on in
-    /// order; 0: there is no read-ahead at all. 2 MiB if it is never called.
+    /// order; 0: there is no read-ahead at all. 1 MiB if it is never called.
     pub fn set_amplify(&self, bytes: u64) {
         self.amplify.store(bytes, Ordering::Relaxed);
     }

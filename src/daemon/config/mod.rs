@@ -28,9 +28,8 @@ pub use prefetch::Prefetch;
 /// Largest config file, in bytes.
 pub const MAX_CONFIG_LEN: u64 = 1 << 20;
 
-/// [`Config::amplify`] of a document that does not say. 1 MiB in nydusd, which always asks for so much;
-/// here it is a bound for links that carry more in the time of an answer.
-const DEFAULT_AMPLIFY: u64 = 2 << 20;
+/// [`Config::amplify`] of a document that does not say, as in nydusd.
+const DEFAULT_AMPLIFY: u64 = 1 << 20;
 
 /// Why a config cannot be used.
 #[derive(Debug, thiserror::Error)]

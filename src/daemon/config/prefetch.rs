@@ -134,7 +134,7 @@ mod tests {
         assert_eq!(on.prefetch, want);
         let on = v2(r#","prefetch":{"enable":true}"#, "");
         assert_eq!(on.prefetch, Prefetch { prefetch_all: false, ..want });
-        assert_eq!((on.amplify, v1("").unwrap().amplify), (4096, 2 << 20));
+        assert_eq!((on.amplify, v1("").unwrap().amplify), (4096, 1 << 20));
     }
 
     #[test]
