@@ -317,13 +317,16 @@ fn traps_in_the_cache_directory() {
         }),
     ];
     for (what, trap) in traps {
-        for suffix in ["blob.data", "chunk_map", "blob.meta", "blob.data.tmp", "chunk_map.tmp"] {
+        for suffix in ["", "chunk_map", "blob.meta", "layer.disk.tmp", "chunk_map.tmp"] {
             fs::write(&precious, b"precious").unwrap();
             let dir = tempfile::tempdir().unwrap();
             let files = dir.path().join("rafsd");
             fs::create_dir(&files).unwrap();
             fs::set_permissions(&files, PermissionsExt::from_mode(0o700)).unwrap();
-            let at = files.join(format!("{id}.{suffix}"));
+            let at = match suffix {
+                "" => dir.path().join(format!("{id}.layer.disk")),
+                _ => files.join(format!("{id}.{suffix}")),
+            };
             trap(&at, &precious);
             let store = store(dir.path(), &runtime);
             let blobs = open_blobs(&store, &image, &scripted);
@@ -333,6 +336,56 @@ fn traps_in_the_cache_directory() {
             assert!(!victim.path().join("precious.new").exists(), "{what} at {suffix}");
         }
     }
+}
+
+/// As nydus-snapshotter does when no image needs a blob any more.
+#[test]
+fn who_removes_a_data_file_frees_its_space_and_harms_nobody() {
+    let runtime = runtime();
+    let image = open("v6-none");
+    let want = expected(&golden("v6-none").join("tree.json"));
+    let id = image.blobs()[0].id;
+    let scripted = Arc::new(Scripted::new("v6-none", &image));
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join(format!("{id}.layer.disk"));
+    let companions = [".chunk_map", ".blob.meta"];
+    let companions =
+        companions.map(|suffix| dir.path().join("rafsd").join(format!("{id}{suffix}")));
+    let age = |path: &Path| {
+        let file = fs::File::options().write(true).open(path).unwrap();
+        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(7200)).unwrap();
+    };
+    let before = store(dir.path(), &runtime);
+    let old = open_blobs(&before, &image, &scripted);
+    let read = |blobs| runtime.block_on(read_tree(&image, blobs, PATIENT)).unwrap();
+    assert_eq!(read(&old), want);
+
+    // While the data file is there, everything stays.
+    companions.iter().for_each(|path| age(path));
+    drop(store(dir.path(), &runtime));
+    assert!(companions.iter().all(|path| path.exists()));
+
+    // Who has it open goes on; the next one starts anew, at once.
+    fs::remove_file(&data).unwrap();
+    assert_eq!(read(&old), want);
+    companions.iter().for_each(|path| {
+        fs::File::open(path).unwrap().set_modified(std::time::SystemTime::now()).unwrap()
+    });
+    let after = store(dir.path(), &runtime);
+    assert!(
+        companions.iter().all(|path| path.exists()),
+        "somebody may be about to make the data file"
+    );
+    let new = open_blobs(&after, &image, &scripted);
+    assert_eq!(read(&new), want);
+    assert_eq!(count(&after.counters().cache_hits_total), 0);
+    assert!(data.exists());
+
+    // What is left of it goes with the next start.
+    fs::remove_file(&data).unwrap();
+    companions.iter().for_each(|path| age(path));
+    drop(store(dir.path(), &runtime));
+    assert!(!companions.iter().any(|path| path.exists()));
 }
 
 #[test]
@@ -429,7 +482,7 @@ fn an_image_without_digests_is_not_shared_and_says_what_it_has() {
             let shared = source == rafsd::blob::DigestSource::BlobDigest;
             assert_eq!(hits > 0, shared && round == 1, "{case}, round {round}");
         }
-        let data = dir.path().join("rafsd").join(format!("{}.blob.data", image.blobs()[0].id));
+        let data = dir.path().join(format!("{}.layer.disk", image.blobs()[0].id));
         assert_eq!(data.exists(), source == rafsd::blob::DigestSource::BlobDigest, "{case}");
     }
 }

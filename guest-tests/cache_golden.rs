@@ -70,7 +70,7 @@ fn the_data_file_is_the_uncompressed_blob() {
     let blobs = open_blobs(&store, &image, &local("v6-none", &image, &runtime));
     runtime.block_on(read_tree(&image, &blobs, PATIENT)).unwrap();
     let id = "4de91e905cfb82e8d9fcfc648c3eb31717c38cb2557a97df34327eade97f9849";
-    let data = fs::read(dir.path().join("rafsd").join(format!("{id}.blob.data"))).unwrap();
+    let data = fs::read(dir.path().join(format!("{id}.layer.disk"))).unwrap();
     let stored = fs::read(golden("v6-none").join("blobs").join(id)).unwrap();
     // (uncompressed offset, size, stored offset), from the worked example of the format's page.
     for (at, size, from) in [(0, 5, 0), (0x1000, 4096, 5), (0x3000, 808, 0x2005)] {
@@ -80,9 +80,9 @@ fn the_data_file_is_the_uncompressed_blob() {
     }
     assert_eq!(data.len(), 0x9000);
     use std::os::unix::fs::MetadataExt;
-    for entry in fs::read_dir(dir.path().join("rafsd")).unwrap() {
-        let entry = entry.unwrap();
-        assert_eq!(entry.metadata().unwrap().mode() & 0o777, 0o600, "{entry:?}");
+    for entry in walkdir::WalkDir::new(dir.path()).into_iter().flatten() {
+        let metadata = entry.metadata().unwrap();
+        assert!(metadata.is_dir() || metadata.mode() & 0o777 == 0o600, "{entry:?}");
     }
     assert_eq!(fs::metadata(dir.path().join("rafsd")).unwrap().mode() & 0o777, 0o700);
 }
@@ -187,7 +187,7 @@ fn a_wrong_byte_in_any_cache_file_is_never_served() {
     let (image, want) = open("v6-none");
     let scripted = Arc::new(Scripted::new("v6-none", &image));
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let files = dir.path().join("rafsd");
+    let files = dir.path();
     let read = || {
         let store = store(dir.path(), &runtime);
         let blobs = open_blobs(&store, &image, &scripted);
@@ -195,17 +195,19 @@ fn a_wrong_byte_in_any_cache_file_is_never_served() {
         (got, store)
     };
     assert_eq!(read().0, want);
-    let pristine: BTreeMap<String, Vec<u8>> = fs::read_dir(&files)
-        .unwrap()
-        .map(|entry| entry.unwrap())
-        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+    let name = |path: &Path| path.strip_prefix(files).unwrap().to_str().unwrap().to_owned();
+    let pristine: BTreeMap<String, Vec<u8>> = walkdir::WalkDir::new(files)
+        .into_iter()
+        .flatten()
+        .filter(|entry| entry.file_type().is_file())
+        .map(|entry| (name(entry.path()), fs::read(entry.path()).unwrap()))
         .collect();
     assert_eq!(pristine.len(), 4, "{:?}", pristine.keys());
     let mut tried = 0;
     for (name, bytes) in &pristine {
         for at in 0..bytes.len() {
             let all = match name.rsplit_once('.').unwrap_or(("", name)).1 {
-                "data" => at % 4096 < 16 || at % 11 == 0,
+                "disk" => at % 4096 < 16 || at % 11 == 0,
                 "chunk_map" => at < 4096 + 16 && !(160..=4090).contains(&at) || at >= 8192,
                 "meta" => at < 160 || (4096..4160).contains(&at) || at >= 8180,
                 _ => true,
@@ -214,7 +216,7 @@ fn a_wrong_byte_in_any_cache_file_is_never_served() {
                 continue;
             }
             tried += 1;
-            read_damaged(&files, &pristine, name, at, || {
+            read_damaged(files, &pristine, name, at, || {
                 let (got, _) = read();
                 assert_eq!(got, want, "{name}, byte {at}");
             });
@@ -237,7 +239,7 @@ fn damage_in_the_data_file_is_repaired_for_the_next_process() {
         store.counters().cache_damage_total.load(Ordering::Relaxed)
     };
     read();
-    let data = dir.path().join("rafsd").join(format!("{}.blob.data", image.blobs()[0].id));
+    let data = dir.path().join(format!("{}.layer.disk", image.blobs()[0].id));
     let mut bytes = fs::read(&data).unwrap();
     bytes[0x1003] ^= 1;
     bytes[10] = 1; // padding behind the five bytes of chunk 0
@@ -259,7 +261,7 @@ fn a_reader_that_finds_the_file_short_gets_the_chunk_again() {
     let store = store(dir.path(), &runtime);
     let blobs = open_blobs(&store, &image, &scripted);
     assert_eq!(runtime.block_on(read_tree(&image, &blobs, PATIENT)).unwrap(), want);
-    let data = dir.path().join("rafsd").join(format!("{}.blob.data", image.blobs()[0].id));
+    let data = dir.path().join(format!("{}.layer.disk", image.blobs()[0].id));
     fs::File::options().write(true).open(&data).unwrap().set_len(0).unwrap();
     for file in files(&image) {
         for (blob, chunk) in file.chunks {

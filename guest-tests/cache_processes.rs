@@ -193,6 +193,14 @@ fn kill_at_any_time_and_never_a_wrong_byte() {
         if round % 5 == 4 {
             fs::remove_dir_all(&files).unwrap();
         }
+        if round % 5 == 2 {
+            // What the snapshotter removes.
+            for entry in fs::read_dir(dir.path()).unwrap().flatten() {
+                if entry.file_name().to_string_lossy().ends_with(".layer.disk") {
+                    fs::remove_file(entry.path()).unwrap();
+                }
+            }
+        }
     }
     assert!(spawn("read", "v6-batch", dir.path()).wait().unwrap().success());
     assert!(start.elapsed() < Duration::from_secs(120));

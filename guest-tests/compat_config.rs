@@ -281,8 +281,8 @@ fn s57_files_of_others_in_the_cache_directory_are_left_alone() {
     let cache = dir.path().join("cache");
     fs::create_dir(&cache).unwrap();
     let blob = image.blob().file_name().unwrap().to_str().unwrap().to_owned();
-    // As nydusd leaves them, half-done.
-    let theirs = [".blob.data", ".blob.data.chunk_map", ".chunk_map", ".blob.meta"];
+    // As nydusd leaves them, half-done; the last one is the snapshotter's, for images of another kind.
+    let theirs = [".blob.data", ".blob.data.chunk_map", ".chunk_map", ".blob.meta", ".layer.disk"];
     for suffix in theirs {
         fs::write(cache.join(format!("{blob}{suffix}")), suffix).unwrap();
     }

@@ -98,9 +98,9 @@ impl Stage {
         let nodes = image.nodes(&mut fuse).expect("lookups");
         // Verified, and in the page cache.
         image.check_all(&mut fuse).expect("right data");
-        let cache = fs::read_dir(at.join("cache/rafsd")).expect("the cache");
+        let cache = fs::read_dir(at.join("cache")).expect("the cache");
         let cache = cache.flatten().map(|entry| entry.path());
-        let cache = cache.filter(|path| path.to_string_lossy().ends_with(".blob.data"));
+        let cache = cache.filter(|path| path.to_string_lossy().ends_with(".layer.disk"));
         let cache = cache.last().expect("a data file");
         Stage { image, nodes, cache, daemon, _vm: vm, fuse, _disk: disk, backing }
     }

@@ -188,10 +188,18 @@ fn units_serve_an_image(node: &Node, digests: &BTreeMap<String, String>) {
     assert!(node.stop_unit(unit, child, "-TERM").unwrap().success());
 }
 
+/// The data files in the cache.
+fn cached(node: &Node) -> BTreeSet<String> {
+    let entries = fs::read_dir(node.path(ROOT).join("cache")).unwrap().flatten();
+    let names = entries.map(|entry| base_name(&entry.path()));
+    names.filter(|name| name.ends_with(".layer.disk")).collect()
+}
+
 /// Nothing is left of images that were removed.
 fn nothing_is_left(node: &Node) {
     wait_for("mounts are gone", || node.mounts().ok()?.is_empty().then_some(())).unwrap();
     assert!(node.daemons().unwrap().is_empty());
+    assert_eq!(cached(node), BTreeSet::new(), "the snapshotter has collected all data");
     let snapshots: Vec<_> = fs::read_dir(node.path(ROOT).join("snapshots")).unwrap().collect();
     assert!(snapshots.is_empty(), "{snapshots:?}");
 }
@@ -251,8 +259,14 @@ fn a_daemon_for_each_image() {
     let output = node.run("two:rafs", &container("two"), "cd /data && sha256sum *").unwrap();
     assert_eq!(output, sums(&two));
     assert_eq!(node.mounts().unwrap().len(), 2);
+    assert_eq!(cached(&node).len(), 4, "a file for each layer");
+    let usage = node.ctr(&["snapshots", "--snapshotter", "nydus", "usage", "-b"]).unwrap();
+    let sizes =
+        usage.lines().filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    assert!(sizes.sum::<u64>() > 3_000_000, "containerd knows what the cache takes:\n{usage}");
     node.remove_image("two:rafs").unwrap();
     wait_for("one daemon", || (node.mounts().ok()?.len() == 1).then_some(())).unwrap();
+    assert_eq!(cached(&node).len(), 2, "what the other image needs stays");
     reading.goes_on();
 
     node.kill_container(&id).unwrap();

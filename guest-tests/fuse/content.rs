@@ -104,9 +104,9 @@ impl Image {
 
     /// Cuts the cache files of all blobs to `len` bytes.
     fn cut_cache_files(&self, len: u64) {
-        for entry in std::fs::read_dir(self.cache.path().join("rafsd")).unwrap() {
+        for entry in std::fs::read_dir(self.cache.path()).unwrap() {
             let path = entry.unwrap().path();
-            if path.to_str().unwrap().ends_with(".blob.data") {
+            if path.to_str().unwrap().ends_with(".layer.disk") {
                 std::fs::File::options().write(true).open(path).unwrap().set_len(len).unwrap();
             }
         }

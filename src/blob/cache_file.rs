@@ -1,8 +1,8 @@
-//! The cache's files of one blob, in `<work_dir>/rafsd/` (mode 0700; files 0600).
+//! The cache's files of one blob, in `<work_dir>` and `<work_dir>/rafsd/` (mode 0700; files 0600).
 //!
 //! | file | bytes |
 //! |---|---|
-//! | `<id>.blob.data` | the uncompressed blob, sparse: each chunk at its uncompressed offset |
+//! | `../<id>.layer.disk` | the data file: the uncompressed blob, sparse, each chunk at its uncompressed offset |
 //! | `<id>.chunk_map` | a [`MapHeader`], 4096 bytes; a state byte for each chunk, 1 = its bytes are in the data file; zeros to a multiple of 4096; a seal for each chunk, 32 bytes |
 //! | `<id>.blob.meta` | a [`TableHeader`], 4096 bytes; the chunk-info header as in the blob, 4096 bytes; the context table, decompressed |
 //! | `lock` | empty; byte 0 is locked while files are made or replaced, others while a context table is fetched |
@@ -11,9 +11,14 @@
 //! apart that claim different contents for the same chunk of the same blob: who finds bytes that
 //! match the seal but not its own digest leaves them alone, and does without caching.
 //!
+//! The data file is where nydus-snapshotter measures and collects the data of a blob, under the one of the
+//! names it knows that no nydusd gives to a file. Whoever removes it frees its space; what is left of the
+//! blob in `rafsd/` is small, and goes when the directory is opened the next time.
+//!
 //! Nothing found here is believed: the map says where looking is worthwhile, digests decide. A
-//! file that is not ours, damaged or of another size is replaced under its name, never changed or
-//! shortened, as another process may use it. One that is sound, but of another format version or
+//! file that is damaged or of another size is replaced under its name, never changed or
+//! shortened, as another process may use it. So is a file in `rafsd/` that is not ours; a data file that is
+//! not stays, and we use a nameless one. One that is sound, but of another format version or
 //! of a blob with another context table, is left to its owner; we then use a nameless file.
 
 use std::fs::File;
@@ -23,8 +28,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use zerocopy::little_endian::{U32, U64};
@@ -43,6 +49,16 @@ const SEAL_SIZE: u64 = 32;
 /// State byte of a chunk whose bytes are in the data file.
 const READY: u8 = 1;
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+/// Suffixes of files in `rafsd/` that are worth nothing without the data file of their blob. The last was that
+/// file's own when it lay there, too.
+const COMPANIONS: [&str; 3] = [".chunk_map", ".blob.meta", ".blob.data"];
+/// How old they must be to go: the context table of a blob is saved before its data file is made.
+const COMPANION_AGE: Duration = Duration::from_secs(3600);
+
+/// In `<work_dir>`.
+fn data_name(blob: &str) -> String {
+    format!("{blob}.layer.disk")
+}
 
 /// Start of `<id>.chunk_map`. Versions to come keep the meaning of the fields up to the checksum,
 /// so that each can tell a damaged map from one it must leave alone.
@@ -97,6 +113,8 @@ pub enum DirError {
 pub struct CacheDir {
     fd: OwnedFd,
     path: PathBuf,
+    /// The one that it is in, with the data files.
+    data: OwnedFd,
 }
 
 impl CacheDir {
@@ -109,6 +127,9 @@ impl CacheDir {
             _ => DirError::Io(e),
         };
         std::fs::create_dir_all(work_dir).map_err(failed)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let data =
+            rustix::fs::open(work_dir, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
         let path = work_dir.join("rafsd");
         match rustix::fs::mkdir(&path, Mode::RWXU) {
             Ok(()) | Err(Errno::EXIST) => (),
@@ -129,7 +150,39 @@ impl CacheDir {
         if stat.st_mode & 0o022 != 0 {
             return Err(unsafe_dir("others may write to it"));
         }
-        Ok(CacheDir { fd, path })
+        let dir = CacheDir { fd, path, data };
+        match dir.sweep() {
+            Err(e) if e.kind() != io::ErrorKind::ReadOnlyFilesystem => {
+                log::warn!("cache {}: leftovers stay: {e}", dir.path.display());
+            }
+            _ => (),
+        }
+        Ok(dir)
+    }
+
+    /// Removes what is left of blobs whose data files somebody has removed.
+    fn sweep(&self) -> io::Result<()> {
+        let _locked = self.lock()?;
+        let now = SystemTime::now();
+        for entry in rustix::fs::Dir::read_from(&self.fd)? {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().to_str() else { continue };
+            let Some(blob) = COMPANIONS.iter().find_map(|suffix| name.strip_suffix(suffix)) else {
+                continue;
+            };
+            let flags = AtFlags::SYMLINK_NOFOLLOW;
+            let data = rustix::fs::statat(&self.data, data_name(blob), flags);
+            if !matches!(data, Err(Errno::NOENT)) {
+                continue;
+            }
+            let stat = rustix::fs::statat(&self.fd, name, flags)?;
+            let changed =
+                UNIX_EPOCH + Duration::from_secs(u64::try_from(stat.st_mtime).unwrap_or(0));
+            if now.duration_since(changed).is_ok_and(|age| age > COMPANION_AGE) {
+                rustix::fs::unlinkat(&self.fd, name, AtFlags::empty())?;
+            }
+        }
+        Ok(())
     }
 
     /// The lock file, opened anew, so that its locks exclude others of this process too.
@@ -152,41 +205,47 @@ impl CacheDir {
         Claim::take(&self.lock_file()?, 0..1)
     }
 
-    /// Opens a file of ours. `Ok(None)` if it is not there, or is not safe to use.
+    /// Opens a file of ours in `rafsd/`. `Ok(None)` if it is not there, or is not safe to use.
     fn open_ours(&self, name: &str, writable: bool) -> io::Result<Option<File>> {
-        let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
-        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = match rustix::fs::openat(&self.fd, name, flags, Mode::empty()) {
-            Ok(fd) => File::from(fd),
-            Err(Errno::NOENT) => return Ok(None),
-            Err(Errno::LOOP | Errno::NXIO) => return Ok(self.refused(name, "it is no file")),
-            Err(e) => return Err(e.into()),
-        };
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Ok(self.refused(name, "it is no file"));
+        match open_safely(&self.fd, name, writable)? {
+            Opened::Safe(file) => Ok(Some(file)),
+            Opened::Nothing => Ok(None),
+            Opened::Unsafe(reason) => {
+                log::warn!("cache {}/{name}: not used: {reason}", self.path.display());
+                Ok(None)
+            }
         }
-        if metadata.uid() != rustix::process::geteuid().as_raw() {
-            return Ok(self.refused(name, "it belongs to another user"));
-        }
-        if metadata.mode() & 0o022 != 0 {
-            return Ok(self.refused(name, "others may write to it"));
-        }
-        if metadata.nlink() != 1 {
-            return Ok(self.refused(name, "it has other names"));
-        }
-        Ok(Some(file))
     }
 
-    fn refused(&self, name: &str, reason: &str) -> Option<File> {
-        log::warn!("cache {}/{name}: not used: {reason}", self.path.display());
-        None
+    fn has(&self, name: &str) -> bool {
+        rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
-    /// Makes `name`, in the place of what may be there, filled by `fill`. The directory is locked,
-    /// so a temporary file of this name is a leftover.
+    /// The data file of a blob.
+    fn open_data(&self, blob: &BlobId, writable: bool) -> io::Result<Opened> {
+        let name = data_name(blob.as_str());
+        let opened = open_safely(&self.data, &name, writable)?;
+        if let Opened::Unsafe(reason) = opened {
+            log::warn!("cache {}/../{name}: left alone: {reason}", self.path.display());
+        }
+        Ok(opened)
+    }
+
+    /// Makes `name` in `rafsd/`, in the place of what may be there, filled by `fill`.
     fn make(
         &self,
+        name: &str,
+        fill: impl FnOnce(&File) -> io::Result<()>,
+        locked: &Claim,
+    ) -> io::Result<File> {
+        self.make_in(&self.fd, name, fill, locked)
+    }
+
+    /// Makes `name` in `place`, from a file in `rafsd/`. The directory is locked, so a temporary file of
+    /// this name is a leftover.
+    fn make_in(
+        &self,
+        place: &OwnedFd,
         name: &str,
         fill: impl FnOnce(&File) -> io::Result<()>,
         _locked: &Claim,
@@ -194,15 +253,15 @@ impl CacheDir {
         let temporary = format!("{name}.tmp");
         let (file, made) = self.make_temporary(&temporary)?;
         fill(&file)
-            .and_then(|()| Ok(rustix::fs::renameat(&self.fd, made, &self.fd, name)?))
+            .and_then(|()| Ok(rustix::fs::renameat(&self.fd, made, place, name)?))
             .inspect_err(|_| {
-                let _ = rustix::fs::unlinkat(&self.fd, made, rustix::fs::AtFlags::empty());
+                let _ = rustix::fs::unlinkat(&self.fd, made, AtFlags::empty());
             })?;
         Ok(file)
     }
 
     fn make_temporary<'a>(&self, name: &'a str) -> io::Result<(File, &'a str)> {
-        match rustix::fs::unlinkat(&self.fd, name, rustix::fs::AtFlags::empty()) {
+        match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => (),
             Err(e) => return Err(e.into()),
         }
@@ -222,7 +281,7 @@ impl CacheDir {
                 let _locked = self.lock()?;
                 let name = format!("{blob}.private.tmp");
                 let (file, name) = self.make_temporary(&name)?;
-                rustix::fs::unlinkat(&self.fd, name, rustix::fs::AtFlags::empty())?;
+                rustix::fs::unlinkat(&self.fd, name, AtFlags::empty())?;
                 file
             }
         };
@@ -298,6 +357,40 @@ pub struct Geometry<'a> {
     pub layout: [u8; 32],
 }
 
+/// What is found under a name.
+enum Opened {
+    Nothing,
+    /// A file that nobody else can have put something in.
+    Safe(File),
+    /// Why it is not one.
+    Unsafe(&'static str),
+}
+
+fn open_safely(dir: &OwnedFd, name: &str, writable: bool) -> io::Result<Opened> {
+    let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = match rustix::fs::openat(dir, name, flags, Mode::empty()) {
+        Ok(fd) => File::from(fd),
+        Err(Errno::NOENT) => return Ok(Opened::Nothing),
+        Err(Errno::LOOP | Errno::NXIO | Errno::ISDIR) => {
+            return Ok(Opened::Unsafe("it is no file"));
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let metadata = file.metadata()?;
+    Ok(if !metadata.is_file() {
+        Opened::Unsafe("it is no file")
+    } else if metadata.uid() != rustix::process::geteuid().as_raw() {
+        Opened::Unsafe("it belongs to another user")
+    } else if metadata.mode() & 0o022 != 0 {
+        Opened::Unsafe("others may write to it")
+    } else if metadata.nlink() != 1 {
+        Opened::Unsafe("it has other names")
+    } else {
+        Opened::Safe(file)
+    })
+}
+
 /// What is found under the name of a chunk map.
 enum Found {
     Good(ChunkMap),
@@ -322,21 +415,37 @@ impl CacheFiles {
             Err(e) => return Err(e),
         };
         let blob = geometry.blob;
-        let (data_name, map_name) = (format!("{blob}.blob.data"), format!("{blob}.chunk_map"));
+        let map_name = format!("{blob}.chunk_map");
         let map = geometry.find_map(dir, &map_name, true)?;
         if let Found::Foreign(reason) = map {
             log::warn!("blob {blob}: the cache holds it {reason}; this process caches for itself");
             drop(locked);
             return Self::private(dir, geometry);
         }
-        let data = dir
-            .open_ours(&data_name, true)?
-            .filter(|data| data.metadata().is_ok_and(|m| m.len() == geometry.uncompressed_size));
+        let data = match dir.open_data(blob, true)? {
+            Opened::Nothing => None,
+            Opened::Safe(data) if data.metadata()?.len() == geometry.uncompressed_size => {
+                Some(data)
+            }
+            // With a map, it was ours.
+            Opened::Safe(_) if dir.has(&map_name) => None,
+            Opened::Safe(_) | Opened::Unsafe(_) => {
+                log::warn!(
+                    "blob {blob}: its data file is somebody else's; this process caches for itself"
+                );
+                drop(locked);
+                return Self::private(dir, geometry);
+            }
+        };
         if let (Found::Good(map), Some(data)) = (map, data) {
             return Ok(CacheFiles { data: Arc::new(data), map: Some(map), writable: true });
         }
-        let data =
-            dir.make(&data_name, |file| file.set_len(geometry.uncompressed_size), &locked)?;
+        let data = dir.make_in(
+            &dir.data,
+            &data_name(blob.as_str()),
+            |file| file.set_len(geometry.uncompressed_size),
+            &locked,
+        )?;
         let map = dir.make(&map_name, |file| geometry.fill_map(file), &locked)?;
         let map = ChunkMap { file: Arc::new(map), count: geometry.chunk_count };
         Ok(CacheFiles { data: Arc::new(data), map: Some(map), writable: true })
@@ -349,10 +458,10 @@ impl CacheFiles {
     }
 
     fn open_read_only(dir: &CacheDir, geometry: &Geometry<'_>) -> io::Result<CacheFiles> {
-        let data = dir.open_ours(&format!("{}.blob.data", geometry.blob), false)?;
+        let data = dir.open_data(geometry.blob, false)?;
         let map = geometry.find_map(dir, &format!("{}.chunk_map", geometry.blob), false)?;
         match (data, map) {
-            (Some(data), Found::Good(map)) => {
+            (Opened::Safe(data), Found::Good(map)) => {
                 Ok(CacheFiles { data: Arc::new(data), map: Some(map), writable: false })
             }
             _ => Err(Errno::ROFS.into()),
