@@ -1,9 +1,10 @@
 //! What it is worth, and what it costs, that a queue looks for the next request before it sleeps.
 //!
-//! Run by `scripts/bench polling`. One reader asks for 4 KiB anywhere in cached files, sleeps until the
-//! answer is there, pauses, and asks again. For each pause and each `--busy-poll`: how long an answer
-//! takes, and what it costs the daemon. The pauses are spent spinning, so that they are as long as they
-//! say; the reader has a processor of its own.
+//! Run by `scripts/bench polling`. One reader asks for 4 KiB anywhere in cached files, waits for the
+//! answer, pauses, and asks again. For each pause and each `--busy-poll`: how long an answer takes, and
+//! what it costs the daemon. The reader sleeps for the answer, or spins for it as KVM does for an idle
+//! virtual processor (`halt_poll_ns`). The pauses are spent spinning, so that they are as long as they
+//! say: two processors have to be idle.
 
 mod support;
 
@@ -39,13 +40,14 @@ const FILE_SIZE: usize = 1 << 20;
 type Cell = (f64, f64);
 
 /// One row: a cell for each pause.
-fn run(image: &Image, dir: &std::path::Path, poll: &str) -> Result<Vec<Cell>> {
+fn run(image: &Image, dir: &std::path::Path, poll: &str, spins: bool) -> Result<Vec<Cell>> {
     let mut launch = image.launch(dir).arg("--busy-poll").arg(poll);
     launch.log_level = "warn".into();
     let daemon = launch.spawn()?;
     let mut vm = daemon.boot(VmConfig::default())?;
     let mut fuse = vm.fuse(1);
     fuse.init()?;
+    fuse.busy_poll = spins;
     let nodes = image.nodes(&mut fuse)?;
     for &node in &nodes {
         fuse.read_all(node, 1 << 20)?;
@@ -87,22 +89,24 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let scratch = tempfile::tempdir()?;
     let image = Image::build(scratch.path(), FILES, FILE_SIZE as u64, 1 << 20, "none")?;
-    let mut rows: Vec<Vec<Vec<Cell>>> = POLLS.iter().map(|_| Vec::new()).collect();
+    let kinds = [false, true].map(|spins| POLLS.map(|poll| (spins, poll))).concat();
+    let mut rows: Vec<Vec<Vec<Cell>>> = kinds.iter().map(|_| Vec::new()).collect();
     for _ in 0..args.runs.max(1) {
-        for (poll, rows) in POLLS.iter().zip(&mut rows) {
-            rows.push(run(&image, scratch.path(), poll)?);
+        for ((spins, poll), rows) in kinds.iter().zip(&mut rows) {
+            rows.push(run(&image, scratch.path(), poll, *spins)?);
         }
     }
     let mut table = Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     let pauses = PAUSES.iter().map(|pause| format!("pause {pause} µs"));
     table.set_header([String::from("p50 µs · CPU µs/request")].into_iter().chain(pauses));
-    for (poll, runs) in POLLS.iter().zip(&rows) {
+    for ((spins, poll), runs) in kinds.iter().zip(&rows) {
+        let guest = if *spins { "spins" } else { "sleeps" };
         let cells = (0..PAUSES.len()).map(|i| {
             let part = |part: fn(&Cell) -> f64| median(runs.iter().map(|r| part(&r[i])).collect());
             format!("{:.1} · {:.1}", part(|cell| cell.0), part(|cell| cell.1))
         });
-        table.add_row([format!("--busy-poll {poll}")].into_iter().chain(cells));
+        table.add_row([format!("guest {guest}, --busy-poll {poll}")].into_iter().chain(cells));
     }
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
