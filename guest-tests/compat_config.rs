@@ -105,6 +105,10 @@ fn s46_rotated_credentials_take_effect_at_the_next_request() {
     assert!(!shown.body.contains(&basic("u", "new")), "{shown:?}");
     assert!(put(json!({"registry_auth": "not base64!"})).status >= 400);
     assert_eq!(put(json!({"proxy_url": ""})).status, 204);
+    // Known, and without effect.
+    let scheduler = |url: &str| put(json!({"dragonfly_scheduler_endpoint": url})).status;
+    assert_eq!((scheduler("http://127.0.0.1:8002"), scheduler("")), (204, 204));
+    assert!(scheduler("no address") >= 400);
     image.check_file(&mut fuse, 2, nodes[2]).unwrap();
 }
 

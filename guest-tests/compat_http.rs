@@ -289,6 +289,58 @@ fn s45_what_people_look_at_answers() {
 }
 
 #[test]
+fn s45_what_was_done_with_each_file_is_recorded_where_the_config_asks_for_it() {
+    let dir = scratch();
+    let image = Image::build(dir.path(), 3, 300_000, 64 << 10, "zstd").unwrap();
+    let (_daemon, kata) = kata(dir.path());
+    let config = snapshotter_config("/1", &image.blobs, &dir.path().join("cache"));
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    for key in ["iostats_files", "access_pattern", "latest_read_files"] {
+        config[key] = json!(true);
+    }
+    assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config.to_string())).status, 204);
+    let mut vm = Vm::boot(&dir.path().join("S"), VmConfig::default()).unwrap();
+    let mut fuse = vm.fuse(1);
+    fuse.init().unwrap();
+    let [first, second, never] =
+        ["/m/f0001", "/m/f0000", "/m/f0002"].map(|path| fuse.resolve(path.as_bytes()).unwrap());
+    // In an image's own numbers; those that a guest sees have the mount in their upper bits.
+    let [ino_1, ino_2, ino_3] = [first, second, never].map(|node| node & ((1 << 40) - 1));
+    fuse.read(first, 0, 0, 100).unwrap();
+    fuse.read(first, 0, 0, 4096).unwrap();
+    fuse.read(second, 0, 10_000, 131_072).unwrap();
+    fuse.getattr(never).unwrap();
+    assert!(fuse.readlink(never).is_err());
+
+    let get = |path: &str| kata.call("GET", path, None).json();
+    let stats = get("/api/v1/metrics");
+    for key in
+        ["files_account_enabled", "access_pattern_enabled", "record_latest_read_files_enabled"]
+    {
+        assert_eq!(stats[key], json!(true), "{key}");
+    }
+    let files = get("/api/v1/metrics/files?id=/m");
+    let one = &files[ino_1.to_string()];
+    assert_eq!((&one["total_fops"], &one["data_read"]), (&json!(2), &json!(4196)), "{files}");
+    assert_eq!(numbers(&one["block_count_read"]), [1, 0, 1, 0, 0, 0, 0, 0]);
+    let three = &files[ino_3.to_string()];
+    let (hits, errors) = (numbers(&three["fop_hits"]), numbers(&three["fop_errors"]));
+    assert_eq!((hits.len(), hits[0], hits[1], errors.len(), errors[1]), (15, 1, 1, 15, 1));
+    let pattern = get("/api/v1/metrics/pattern");
+    let read: Vec<_> =
+        pattern.as_array().unwrap().iter().map(|a| (&a["ino"], &a["nr_read"])).collect();
+    assert_eq!(read, [(&json!(ino_1), &json!(2)), (&json!(ino_2), &json!(1))], "in this order");
+    assert!(pattern[0]["first_access_time_secs"].as_u64().unwrap() > 1_700_000_000);
+    assert!(pattern[0]["first_access_time_nanos"].as_u64().unwrap() < 1_000_000_000);
+    let mut read = [ino_1, ino_2];
+    read.sort_unstable();
+    assert_eq!(get("/api/v1/metrics/files?latest=true"), json!(read));
+    assert_eq!(get("/api/v1/metrics/files?latest=true"), json!([]), "only what is new");
+    let info = kata.call("GET", "/api/v1/daemon", None).json();
+    assert_eq!(info["backend_collection"]["/m"]["config"]["rafs"]["access_pattern"], json!(true));
+}
+
+#[test]
 fn s46_the_config_of_what_is_mounted_is_shown_and_changed() {
     let dir = scratch();
     let (_daemon, kata) = kata(dir.path());
@@ -302,6 +354,9 @@ fn s46_the_config_of_what_is_mounted_is_shown_and_changed() {
     assert!(unknown.message().contains("colour") && !unknown.message().contains("c2VjcmV0"));
     assert_eq!(put(json!({"registry_auth": 5})).status, 400);
     assert_eq!(put(json!({})).status, 204, "nothing to change");
+    // The snapshotter gives the mountpoint of a daemon with one image, whatever the id of its config.
+    let path = "/api/v1/config?id=%2Frafs%2Fc1%2Flowerdir";
+    assert_eq!(kata.call("PUT", path, Some(&json!({}))).status, 204, "a mountpoint");
     assert_eq!(kata.call("GET", "/api/v1/config?id=/4", None).status, 404);
 }
 

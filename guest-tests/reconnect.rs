@@ -204,3 +204,67 @@ fn guests_that_vanish_with_parked_reads_leave_nothing_behind() {
     let before = Usage { anon_kib: idle.anon_kib + 8192, ..idle };
     assert_no_growth(&daemon, before, cycles, "gone with parked reads");
 }
+
+#[test]
+fn a_guest_goes_on_from_a_snapshot_in_another_process() {
+    let scratch = tempfile::tempdir().expect("a scratch directory");
+    let image = Image::build(scratch.path(), 4, 1 << 20, 64 << 10, "none").expect("an image");
+    let backend = HangFs::mount(&image.blobs, &scratch.path().join("backend")).expect("a backend");
+    let launch = image.launch_over(backend.path(), scratch.path());
+    let daemon = launch.spawn().expect("a daemon");
+    let mut vm = daemon.boot(small_guest(Vmm::CloudHypervisor)).expect("a guest");
+    let mut fuse = vm.fuse(1);
+    fuse.init().expect("INIT, the only one");
+    let nodes = image.nodes(&mut fuse).expect("lookups");
+    backend.set(Mode::Hang);
+    let mut sent = Vec::new();
+    for (file, node) in nodes.iter().enumerate() {
+        let ticket = fuse.submit_read(*node, 0, 70_000, 4096).expect("room in the ring");
+        sent.push((file, ticket));
+    }
+    fuse.flush();
+    backend.wait_hanging(1, Duration::from_secs(5)).expect("the daemon asks its backend");
+    assert!(vm.save_state().is_err(), "a guest that runs");
+    vm.stop().expect("all rings stop");
+    let state = vm.save_state().expect("the state");
+    let log = daemon.kill();
+    assert!(!log.contains("panicked"), "{log}");
+    backend.set(Mode::Pass);
+    let daemon = launch.spawn().expect("another daemon");
+    vm.restore(&daemon.sock, &state).expect("the guest goes on");
+    for (file, ticket) in sent {
+        let reply = fuse.wait(ticket, Duration::from_secs(10)).expect("its answer");
+        assert_eq!(reply.errno, 0);
+        assert_same(&reply.bytes(), &pattern(file, 70_000, 4096), "a read that was held");
+        fuse.recycle(reply);
+    }
+    image.check_all(&mut fuse).expect("the rest, and no answer twice");
+    say(format!("a state of {} bytes", state.len()));
+}
+
+#[test]
+fn a_guest_that_knows_files_of_a_shared_directory_is_not_saved() {
+    let scratch = tempfile::tempdir().expect("a scratch directory");
+    let image = Image::build(scratch.path(), 4, 1 << 20, 64 << 10, "none").expect("an image");
+    let shared = scratch.path().join("shared");
+    std::fs::create_dir(&shared).expect("a directory");
+    std::fs::write(shared.join("file"), "text").expect("a file");
+    let daemon =
+        image.launch(scratch.path()).arg("--shared-dir").arg(&shared).spawn().expect("a daemon");
+    let mut vm = daemon.boot(small_guest(Vmm::CloudHypervisor)).expect("a guest");
+    let mut fuse = vm.fuse(1);
+    fuse.init().expect("INIT");
+    let saved = |vm: &mut Vm| {
+        vm.stop().expect("all rings stop");
+        let state = vm.save_state();
+        vm.cont().expect("and go on");
+        state.is_ok()
+    };
+    assert!(saved(&mut vm), "nothing is known yet");
+    let node = fuse.resolve(b"/file").expect("a file");
+    assert!(!saved(&mut vm), "another process would not know the file");
+    assert!(daemon.log().contains("the guest knows files of a shared directory"));
+    fuse.getattr(node).expect("the guest goes on");
+    fuse.forget(node, 1).expect("FORGET");
+    assert!(saved(&mut vm), "it has been forgotten");
+}

@@ -5,7 +5,7 @@
 //! [`Vm::send_raw`]. Every exchange ends: a watchdog closes the socket when the back end does not
 //! answer within [`CONTROL_TIMEOUT`], and the call reports it.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight,
-    VhostUserProtocolFeatures,
+    FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
@@ -66,7 +66,7 @@ impl Vmm {
                 P::MQ | P::REPLY_ACK | P::CONFIGURE_MEM_SLOTS | P::BACKEND_REQ | P::RESET_DEVICE
             }
             Vmm::CloudHypervisor => {
-                P::MQ | P::REPLY_ACK | P::CONFIGURE_MEM_SLOTS | P::INFLIGHT_SHMFD
+                P::MQ | P::REPLY_ACK | P::CONFIGURE_MEM_SLOTS | P::INFLIGHT_SHMFD | P::DEVICE_STATE
             }
             Vmm::Crosvm => P::MQ | P::REPLY_ACK | P::CONFIG | P::BACKEND_REQ,
             Vmm::Dragonball => P::MQ | P::REPLY_ACK,
@@ -250,6 +250,8 @@ pub struct Vm {
     /// The record of requests in flight, as the back end described it.
     inflight: Option<(VhostUserInflight, std::fs::File)>,
     need_reply: bool,
+    /// This is not the first back end of the guest.
+    reborn: bool,
 }
 
 impl Vm {
@@ -299,6 +301,7 @@ impl Vm {
             backend_channel: None,
             inflight: None,
             need_reply: false,
+            reborn: false,
             config,
         })
     }
@@ -307,16 +310,67 @@ impl Vm {
     /// notices nothing. The record of requests in flight is handed over; rings begin where the
     /// driver stands, which may be ahead of what was taken.
     pub fn reconnect(&mut self, socket: &Path) -> Result<()> {
-        let stream = dial(socket)?;
-        self.socket = stream.try_clone()?;
-        self.watchdog = Watchdog::new(stream.try_clone()?);
-        self.front = Frontend::from_stream(stream, self.rings.len() as u64);
+        self.redial(socket)?;
         for (base, rings) in self.bases.iter_mut().zip(&self.rings) {
             *base = u16::from_le(rings.avail.u16_at(2).load(Ordering::SeqCst));
         }
         for step in self.handshake() {
             self.step(step)?;
         }
+        Ok(())
+    }
+
+    /// Goes on from a snapshot with another back end, as cloud-hypervisor does: `state` comes first,
+    /// protocol features are not asked for, rings begin where [`Vm::stop`] left them.
+    pub fn restore(&mut self, socket: &Path, state: &[u8]) -> Result<()> {
+        self.redial(socket)?;
+        self.inflight = None;
+        for step in self.handshake() {
+            if step == Step::GetProtocolFeatures {
+                continue;
+            }
+            self.step(step)?;
+            if step == Step::SetProtocolFeatures {
+                self.load_state(state)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn redial(&mut self, socket: &Path) -> Result<()> {
+        let stream = dial(socket)?;
+        self.socket = stream.try_clone()?;
+        self.watchdog = Watchdog::new(stream.try_clone()?);
+        self.front = Frontend::from_stream(stream, self.rings.len() as u64);
+        self.need_reply = false;
+        self.reborn = true;
+        Ok(())
+    }
+
+    /// SET_DEVICE_STATE_FD(SAVE) and all that comes then.
+    pub fn save_state(&mut self) -> Result<Vec<u8>> {
+        let _armed = self.watchdog.arm();
+        let (mut ours, theirs) = UnixStream::pair()?;
+        self.move_state(VhostTransferStateDirection::SAVE, theirs)?;
+        let mut state = Vec::new();
+        ours.read_to_end(&mut state)?;
+        self.front.check_device_state()?;
+        Ok(state)
+    }
+
+    /// SET_DEVICE_STATE_FD(LOAD) with these bytes.
+    pub fn load_state(&mut self, state: &[u8]) -> Result<()> {
+        let _armed = self.watchdog.arm();
+        let (mut ours, theirs) = UnixStream::pair()?;
+        self.move_state(VhostTransferStateDirection::LOAD, theirs)?;
+        ours.write_all(state)?;
+        drop(ours);
+        Ok(self.front.check_device_state()?)
+    }
+
+    fn move_state(&mut self, to: VhostTransferStateDirection, by: UnixStream) -> Result<()> {
+        let phase = VhostTransferStatePhase::STOPPED;
+        self.front.set_device_state_fd(to, phase, by.into())?;
         Ok(())
     }
 
@@ -427,7 +481,7 @@ impl Vm {
     fn make_queues(&mut self) {
         let indirect = self.features & F_INDIRECT_DESC != 0;
         let event_idx = self.features & F_EVENT_IDX != 0;
-        if self.inflight.is_some() {
+        if self.reborn {
             // The driver does not know of the new back end.
             return;
         }
@@ -587,7 +641,6 @@ impl Vm {
 
     /// Receives one message: `(code, flags, body)`.
     pub fn recv_raw(&mut self) -> Result<(u32, u32, Vec<u8>)> {
-        use std::io::Read;
         let _armed = self.watchdog.arm();
         let mut header = [0; 12];
         self.socket.read_exact(&mut header)?;

@@ -115,7 +115,8 @@ impl Images {
         blobs.iter().for_each(|blob| blob.set_amplify(config.amplify));
         let prefetch = prefetch(&config.prefetch, &name, prefetch_files)
             .map(|wanted| Prefetch::start(&store, &bootstrap, &blobs, wanted));
-        let options = RafsOptions { name, read_timeout, ..RafsOptions::default() };
+        let file_stats = config.file_stats;
+        let options = RafsOptions { name, read_timeout, file_stats, ..RafsOptions::default() };
         let fs = RafsFs::new(bootstrap.clone(), blobs.clone(), options).with_prefetch(prefetch);
         let Config { id: config_id, work_dir, .. } = config;
         Ok(Image {

@@ -35,6 +35,10 @@ impl Serve for Server {
         Server::agreed(self)
     }
 
+    fn ties(&self) -> Option<String> {
+        Server::ties(self)
+    }
+
     fn resume(&self, agreed: u64) -> Result<(), &'static str> {
         Server::resume(self, agreed)
     }

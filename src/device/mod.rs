@@ -23,6 +23,7 @@ mod ring;
 mod session;
 mod socket;
 mod split;
+mod state;
 mod stop;
 #[cfg(test)]
 mod testing;
@@ -62,6 +63,12 @@ pub trait Serve: Send + Sync + 'static {
     /// 0 if nothing has. Asked for each request, so it has to be cheap.
     fn agreed(&self) -> u64 {
         0
+    }
+
+    /// What stands in the way of another process that is to go on from here, knowing no more than
+    /// what has been [`Self::agreed`].
+    fn ties(&self) -> Option<String> {
+        None
     }
 
     /// Goes on with what another process [`Self::agreed`] on. The error says why that cannot be.

@@ -21,6 +21,7 @@ use super::inflight::{Found, Inflight, Record};
 use super::memory::Memory;
 use super::queue::{Kick, Order, Shared, Worker};
 use super::split::{Parts, SplitRing};
+use super::state::RingState;
 
 /// Longest ring we take, in descriptors.
 pub(super) const MAX_SIZE: u16 = 1024;
@@ -86,6 +87,8 @@ pub(super) struct Ring<S: Serve> {
     inflight: Option<Arc<Inflight>>,
     /// The ring has worked on this connection: what is recorded is our own.
     has_worked: bool,
+    /// What another process has held when a snapshot was made.
+    before: Option<RingState>,
     state: State<S>,
 }
 
@@ -101,6 +104,7 @@ impl<S: Serve> Ring<S> {
             enabled: false,
             inflight: None,
             has_worked: false,
+            before: None,
             state: State::Idle { held: HeldTable::new(), place: None },
         }
     }
@@ -141,6 +145,19 @@ impl<S: Serve> Ring<S> {
     pub(super) fn set_kick(&mut self, kick: Kick) {
         self.halt();
         self.kick = Some(kick);
+    }
+
+    /// What the ring holds, if it stands still and holds anything.
+    pub(super) fn held(&self) -> Option<RingState> {
+        let State::Idle { held, place: Some(place) } = &self.state else { return None };
+        let heads = held.heads();
+        let ring = RingState { index: self.shared.index, used: place.next_used, heads };
+        (!ring.heads.is_empty()).then_some(ring)
+    }
+
+    /// Takes over what another process has held.
+    pub(super) fn set_before(&mut self, before: RingState) {
+        self.before = Some(before);
     }
 
     /// Records requests in flight there from now on.
@@ -200,8 +217,9 @@ impl<S: Serve> Ring<S> {
         let mut record = record(self.inflight.as_ref(), &self.shared, self.size);
         if *place != Some(Place::of(&queue)) {
             held.clear(self.shared.inbox());
-            if let Some(record) = record.as_ref().filter(|_| !self.has_worked) {
-                held = recovered(&mut queue, &memory, record, &self.shared);
+            if !self.has_worked {
+                let before = self.before.take();
+                held = recovered(&mut queue, &memory, record.as_ref(), before, &self.shared);
             }
         }
         if let Some(record) = &mut record {
@@ -288,17 +306,32 @@ fn record<S: Serve>(
     record
 }
 
-/// What the device that served the ring before has left unanswered, and `ring` behind it.
+/// What the device that served the ring before has left unanswered, and `ring` behind it: as the
+/// record says or, if there is none, a snapshot.
 fn recovered<S: Serve>(
     ring: &mut SplitRing,
     memory: &Memory,
-    record: &Record,
+    record: Option<&Record>,
+    before: Option<RingState>,
     shared: &Shared<S>,
 ) -> HeldTable<S::Request> {
     let used = ring.next_used();
     let parts = ring.parts(memory);
     let Some(view) = parts.as_ref().and_then(Parts::view) else { return HeldTable::new() };
-    match record.find(used, view.available_index()) {
+    let avail = view.available_index();
+    let found = match (record.map_or(Found::Nothing, |record| record.find(used, avail)), before) {
+        (Found::Nothing, Some(before)) => {
+            let outstanding = usize::from(avail.wrapping_sub(used));
+            let exist = before.heads.iter().all(|head| *head < ring.size());
+            if exist && before.used == used && before.heads.len() <= outstanding {
+                Found::Heads(before.heads)
+            } else {
+                Found::Stale
+            }
+        }
+        (found, _) => found,
+    };
+    match found {
         Found::Nothing => HeldTable::new(),
         Found::Stale => {
             log::warn!(

@@ -29,6 +29,7 @@ use super::intake::{Arrival, Header, Intake};
 use super::memory::{Memory, MemoryError, Placement};
 use super::queue::{Kick, Shared};
 use super::ring::{Addresses, MAX_SIZE, Ring};
+use super::state::{State, Transfer};
 use super::stop::Stop;
 use super::{Device, DeviceConfig, Serve};
 
@@ -58,6 +59,7 @@ fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
 }
 
 /// Serves a VMM until it goes, the connection breaks, or `stop` is raised. When this returns,
@@ -174,6 +176,8 @@ struct Session<S: Serve> {
     rings: Vec<Ring<S>>,
     features: u64,
     protocol_features: u64,
+    /// A state that is being saved or loaded.
+    transfer: Option<Transfer>,
     /// The channel for requests to the VMM. A VMM that has opened it complains when it is closed
     /// early.
     _backend_channel: Option<Backend>,
@@ -208,6 +212,7 @@ impl<S: Serve> Session<S> {
             memory,
             features: 0,
             protocol_features: 0,
+            transfer: None,
             _backend_channel: None,
         })
     }
@@ -255,6 +260,35 @@ impl<S: Serve> Session<S> {
                 ring.start(event_idx);
             }
         }
+    }
+
+    /// What another process needs to go on from here. All rings must stand still.
+    fn state(&self) -> io::Result<State> {
+        if self.rings.iter().any(Ring::is_working) {
+            return Err(io::Error::other("a queue is still working"));
+        }
+        let agreed = self.service.agreed();
+        if agreed != 0
+            && let Some(ties) = self.service.ties()
+        {
+            return Err(io::Error::other(ties));
+        }
+        Ok(State { agreed, rings: self.rings.iter().filter_map(Ring::held).collect() })
+    }
+
+    /// Goes on from the state of another process.
+    fn load(&mut self, state: State) -> std::result::Result<(), &'static str> {
+        if self.rings.iter().any(Ring::is_working) {
+            return Err("a queue is working already");
+        }
+        if state.agreed != 0 {
+            self.service.resume(state.agreed)?;
+        }
+        for held in state.rings {
+            let ring = self.rings.get_mut(usize::from(held.index));
+            ring.ok_or("it holds requests of a queue that is not here")?.set_before(held);
+        }
+        Ok(())
     }
 
     /// Ends all threads and lets go of everything.
@@ -496,15 +530,37 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
 
     fn set_device_state_fd(
         &mut self,
-        _: VhostTransferStateDirection,
-        _: VhostTransferStatePhase,
-        _: File,
+        direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        file: File,
     ) -> Result<Option<File>> {
-        Err(unsupported())
+        let begun = match direction {
+            VhostTransferStateDirection::SAVE => {
+                self.state().and_then(|state| Transfer::save(&state, file))
+            }
+            VhostTransferStateDirection::LOAD => Transfer::load(file),
+        };
+        match begun {
+            Ok(transfer) => self.transfer = Some(transfer),
+            Err(e) => {
+                log::error!("vhost-user: the device's state cannot be moved: {e}");
+                return Err(Error::ReqHandlerError(e));
+            }
+        }
+        Ok(None)
     }
 
+    /// Ends a transfer and takes over what was loaded.
     fn check_device_state(&mut self) -> Result<()> {
-        Err(unsupported())
+        let transfer = self.transfer.take().ok_or_else(|| refused("no state was moved"))?;
+        let moved = transfer.finish().and_then(|state| match state {
+            Some(state) => self.load(state).map_err(io::Error::other),
+            None => Ok(()),
+        });
+        moved.map_err(|e| {
+            log::error!("vhost-user: moving the device's state: {e}");
+            Error::ReqHandlerError(e)
+        })
     }
 
     /// No shared memory: drivers then read through the queues.

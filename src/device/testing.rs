@@ -314,6 +314,13 @@ impl Guest {
         Guest { file: Arc::new(file), memory }
     }
 
+    /// Another guest with the same memory.
+    pub fn copy(&self) -> Guest {
+        let copy = Guest::new();
+        copy.write(LOW, &self.read(LOW, 2 * HALF as usize));
+        copy
+    }
+
     pub fn regions(&self) -> [VhostUserMemoryRegionInfo; 2] {
         let region = |guest, user, offset| VhostUserMemoryRegionInfo {
             guest_phys_addr: guest,

@@ -17,6 +17,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use super::testing::*;
 
 mod inflight;
+mod state;
 
 #[test]
 fn requests_are_answered_on_every_queue() {

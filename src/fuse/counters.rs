@@ -8,11 +8,12 @@
 
 use std::array;
 use std::cell::Cell;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::abi::opcode;
+use super::file_stats::FileStats;
 
 /// Opcodes that are counted apart; larger ones count as 0, which is none.
 pub const OPCODES: usize = 64;
@@ -56,6 +57,8 @@ impl Lane {
 
 /// The numbers of one mount.
 pub(super) struct OpCounters {
+    /// What was done with each file, if that is recorded.
+    pub(super) files: Option<Arc<FileStats>>,
     lanes: [OnceLock<Box<Lane>>; LANES],
     /// For threads that serve no queue of their own.
     shared: Lane,
@@ -147,8 +150,9 @@ pub(super) struct Begun {
 }
 
 impl OpCounters {
-    pub(super) fn new() -> OpCounters {
+    pub(super) fn new(files: Option<Arc<FileStats>>) -> OpCounters {
         OpCounters {
+            files,
             lanes: array::from_fn(|_| OnceLock::new()),
             shared: Lane::new(),
             errors: zeros(),
@@ -184,7 +188,7 @@ impl OpCounters {
         if opcode == READ && errno == 0 {
             let bytes = u64::from(bytes);
             self.bump(|lane| &lane.read_bytes, bytes);
-            self.bump(|lane| &lane.read_sizes[class(&READ_SIZES, bytes + 1)], 1);
+            self.bump(|lane| &lane.read_sizes[read_size_class(bytes)], 1);
         }
         if let Some((since, weight)) = timed {
             let us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX >> 8);
@@ -263,6 +267,11 @@ impl OpTimes {
 
 const READ: usize = opcode::READ as usize;
 
+/// Which of the eight sizes a read of so many bytes has.
+pub(super) fn read_size_class(bytes: u64) -> usize {
+    class(&READ_SIZES, bytes + 1)
+}
+
 /// The first of `bounds` that is not below `value`, or one behind the last.
 fn class(bounds: &[u64], value: u64) -> usize {
     bounds.iter().position(|&bound| value <= bound).unwrap_or(bounds.len())
@@ -337,7 +346,7 @@ mod tests {
 
     #[test]
     fn every_request_is_counted_on_any_number_of_threads() {
-        let (counters, times) = (OpCounters::new(), OpTimes::new());
+        let (counters, times) = (OpCounters::new(None), OpTimes::new());
         std::thread::scope(|scope| {
             for queue in 0..4 {
                 let (counters, times) = (&counters, &times);
@@ -367,7 +376,7 @@ mod tests {
 
     #[test]
     fn reads_are_counted_by_size_and_time() {
-        let (counters, times) = (OpCounters::new(), OpTimes::new());
+        let (counters, times) = (OpCounters::new(None), OpTimes::new());
         for bytes in [0, 1023, 1024, 4096, 65_535, 131_072, 524_287, 524_288, 1 << 20] {
             serve(&counters, &times, opcode::READ, 0, bytes);
         }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::abi::{self, Attr};
+use super::file_stats::FileStats;
 use super::listing::Listing;
 use super::mounts::Naming;
 use super::reply::{Payload, Reply};
@@ -62,6 +63,16 @@ pub(super) trait FileSystem: Send + Sync {
 
     /// Whether some node may have extended attributes.
     fn has_xattrs(&self) -> bool;
+
+    /// Where to record what is done with each file, if somebody wants to know.
+    fn file_stats(&self) -> Option<Arc<FileStats>> {
+        None
+    }
+
+    /// Whether the guest knows numbers here that mean nothing to another process.
+    fn remembers(&self) -> bool {
+        false
+    }
 
     /// A guest has come or gone: it knows no nodes and has nothing open.
     fn end_session(&self) {}

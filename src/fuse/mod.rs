@@ -9,6 +9,7 @@
 
 pub mod abi;
 mod counters;
+mod file_stats;
 mod file_system;
 mod host;
 mod known;
@@ -27,6 +28,7 @@ mod wait;
 mod zeros;
 
 pub use counters::{OPCODES, OpTotals, TIMES, Times, opcode_name, serve_queue};
+pub use file_stats::{Access, FileNumbers, FileStats, FileStatsOptions, OPERATIONS};
 pub use host::{Ended, HostMount, HostSession, MountHostError, is_mounted};
 pub use mount_path::{MountPath, PathError};
 pub use mounts::{AnyFs, MountError, Mounts};

@@ -19,6 +19,7 @@ use arc_swap::{ArcSwap, Guard};
 
 use super::abi::{self, Attr, EntryOut};
 use super::counters::{OpCounters, OpTimes, OpTotals, Times};
+use super::file_stats::FileStats;
 use super::file_system::{Entry, FileSystem, FsError};
 use super::mount_path::MountPath;
 use super::passthrough::PassthroughFs;
@@ -164,7 +165,7 @@ impl Drop for Promise {
 impl Mounts {
     /// An empty root directory.
     pub fn new() -> Arc<Mounts> {
-        let counters = Arc::new(OpCounters::new());
+        let counters = Arc::new(OpCounters::new(None));
         let dirs = Directories::default();
         let tree = Tree { slots: Vec::new(), root: None, dirs, counters };
         Arc::new(Mounts {
@@ -298,6 +299,11 @@ impl Mounts {
         self.tree.load().find(at).map(|mounted| mounted.counters.totals())
     }
 
+    /// What was done with each file of the mount at `at`, if that is recorded.
+    pub fn file_stats_at(&self, at: &MountPath) -> Option<Arc<FileStats>> {
+        self.tree.load().find(at)?.counters.files.clone()
+    }
+
     /// How long requests took, by kind.
     pub fn request_times(&self) -> Vec<Times> {
         self.times.totals()
@@ -366,7 +372,7 @@ impl Changes {
             let free = self.owners.get(&slot).is_none_or(|other| *other == owner);
             if free && (slot > ROOT_SLOT || (slot == ROOT_SLOT && at.is_root())) {
                 self.owners.insert(slot, owner);
-                let (at, counters) = (at.clone(), OpCounters::new());
+                let (at, counters) = (at.clone(), OpCounters::new(fs.0.file_stats()));
                 return Ok(Arc::new(Mounted { slot, at, fs: fs.0, counters }));
             }
             slot = (slot + 1) % SLOTS;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::abi::{self, Attr, OpenFlags};
+use super::file_stats::{FileStats, FileStatsOptions};
 use super::file_system::{Entry, FileSystem, FsError};
 use super::known::Known;
 use super::listing::{Listing, Name};
@@ -33,11 +34,18 @@ pub struct RafsOptions {
     pub owner: (u32, u32),
     /// How long one read may wait for its chunks.
     pub read_timeout: Duration,
+    /// What to record of what guests do with each file.
+    pub file_stats: FileStatsOptions,
 }
 
 impl Default for RafsOptions {
     fn default() -> Self {
-        RafsOptions { name: "/".to_owned(), owner: (0, 0), read_timeout: Duration::from_secs(30) }
+        RafsOptions {
+            name: "/".to_owned(),
+            owner: (0, 0),
+            read_timeout: Duration::from_secs(30),
+            file_stats: FileStatsOptions::default(),
+        }
     }
 }
 
@@ -49,6 +57,7 @@ pub struct RafsFs {
     pub(super) options: RafsOptions,
     known: Arc<Known>,
     zeros: ZeroChunks,
+    file_stats: Option<Arc<FileStats>>,
     #[expect(dead_code, reason = "held, not read: it ends with the file system")]
     prefetch: Option<Prefetch>,
 }
@@ -59,6 +68,7 @@ impl RafsFs {
         RafsFs {
             known: Arc::new(Known::new(options.name.clone(), image.clone())),
             zeros: ZeroChunks::find(&image),
+            file_stats: FileStats::new(options.file_stats).map(Arc::new),
             image,
             blobs,
             options,
@@ -186,6 +196,10 @@ impl FileSystem for RafsFs {
     /// The file that the bootstrap was opened from, as it was then.
     fn identity(&self) -> Option<[u8; 32]> {
         self.image.file_id()
+    }
+
+    fn file_stats(&self) -> Option<Arc<FileStats>> {
+        self.file_stats.clone()
     }
 
     fn counts_inodes(&self) -> bool {

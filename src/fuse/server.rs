@@ -60,6 +60,14 @@ impl Server {
         Ok(())
     }
 
+    /// What keeps the guest with this process: a file system of which it knows what no other process
+    /// would.
+    pub fn ties(&self) -> Option<String> {
+        let tree = self.mounts.load();
+        let tie = tree.file_systems().find(|fs| fs.remembers());
+        tie.map(|fs| format!("{}: the guest knows files of a shared directory", fs.name()))
+    }
+
     /// What was agreed at INIT, for a process of the same version; 0 if no session is open.
     pub fn agreed(&self) -> u64 {
         self.session.terms().to_bits()
@@ -81,6 +89,11 @@ impl Server {
             outcome => {
                 let (errno, bytes) = reply.sent();
                 counters.end(begun, errno, bytes, self.mounts.times());
+                if let Some(files) = &counters.files
+                    && let Some(place) = tree.resolve(request.header.nodeid)
+                {
+                    files.note(place.node, request.header.opcode, errno, bytes);
+                }
                 outcome
             }
         }

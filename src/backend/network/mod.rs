@@ -372,6 +372,12 @@ impl Backend for Remote {
                     let mirrors: Result<Vec<_>, &str> = mirrors.collect();
                     settings.mirrors = mirrors.map_err(wrong)?;
                 }
+                ("dragonfly_scheduler_endpoint", _) => {
+                    if !value.is_empty() {
+                        config::http_url(value).map_err(wrong)?;
+                        log::info!("ignored: {key}: peers are reached through proxy_url");
+                    }
+                }
                 _ => return Err(wrong("this backend has no such setting")),
             }
         }

@@ -20,26 +20,7 @@ use crate::daemon::metrics;
 use crate::daemon::mounted::Entry;
 use crate::daemon::state::Status;
 use crate::fuse::abi::opcode;
-use crate::fuse::{MountPath, OPCODES};
-
-/// Kinds of requests as nydusd counts them, with their opcodes.
-const OPERATIONS: [&[u32]; 15] = [
-    &[opcode::GETATTR, opcode::STATX],
-    &[opcode::READLINK],
-    &[opcode::OPEN],
-    &[opcode::RELEASE],
-    &[opcode::READ],
-    &[opcode::STATFS],
-    &[opcode::GETXATTR],
-    &[opcode::LISTXATTR],
-    &[opcode::OPENDIR],
-    &[opcode::LOOKUP],
-    &[opcode::READDIR],
-    &[opcode::READDIRPLUS],
-    &[opcode::ACCESS],
-    &[opcode::FORGET],
-    &[opcode::BATCH_FORGET],
-];
+use crate::fuse::{FileNumbers, FileStats, FileStatsOptions, MountPath, OPCODES, OPERATIONS};
 
 const READ: usize = opcode::READ as usize;
 
@@ -65,13 +46,14 @@ pub(super) fn fs(status: &Status, query: &Query<'_>, body: &Bytes) -> Answer {
     };
     let hits = by_operation(&totals.requests);
     let [_, _, opens, releases, ..] = hits;
+    let FileStatsOptions { numbers, pattern, latest } = recorded(status, &at).1;
     Ok(answer(
         StatusCode::OK,
         &json!({
-            "files_account_enabled": false,
-            "access_pattern_enabled": false,
+            "files_account_enabled": numbers,
+            "access_pattern_enabled": pattern,
             "measure_latency": true,
-            "record_latest_read_files_enabled": false,
+            "record_latest_read_files_enabled": latest,
             "id": at.to_string(),
             "data_read": totals.read_bytes,
             "block_count_read": totals.read_sizes,
@@ -84,22 +66,62 @@ pub(super) fn fs(status: &Status, query: &Query<'_>, body: &Bytes) -> Answer {
     ))
 }
 
-/// Statistics per file are not kept: an empty list for `latest=true`, an empty map otherwise.
+/// What was done with each file, by inode; with `latest=true` the inodes that were read since this was
+/// last asked. Empty where the image's config does not ask for it.
 pub(super) fn files(status: &Status, query: &Query<'_>, body: &Bytes) -> Answer {
     no_body(body)?;
-    mount(status, query)?;
+    let (at, _) = mount(status, query)?;
+    let (stats, _) = recorded(status, &at);
     match query.get("latest")?.as_deref() {
-        Some("true") => Ok(answer(StatusCode::OK, &json!([]))),
-        None | Some("false" | "") => Ok(answer(StatusCode::OK, &json!({}))),
+        Some("true") => {
+            let inodes = stats.map(|stats| stats.take_latest()).unwrap_or_default();
+            Ok(answer(StatusCode::OK, &inodes))
+        }
+        None | Some("false" | "") => {
+            let files = stats.map(|stats| stats.numbers()).unwrap_or_default();
+            let files = files.iter().map(|(node, numbers)| (node.to_string(), file(numbers)));
+            Ok(answer(StatusCode::OK, &files.collect::<serde_json::Map<_, _>>()))
+        }
         Some(_) => Err(bad_request("QueryString: `latest` is true or false".into())),
     }
 }
 
-/// Access patterns are not recorded.
+fn file(numbers: &FileNumbers) -> Value {
+    json!({
+        "total_fops": numbers.requests.iter().sum::<u64>(),
+        "data_read": numbers.read_bytes,
+        "block_count_read": numbers.read_sizes,
+        "fop_hits": numbers.requests,
+        "fop_errors": numbers.errors,
+    })
+}
+
+/// Which files were read, in the order in which they first were. Empty where the image's config does
+/// not ask for it.
 pub(super) fn pattern(status: &Status, query: &Query<'_>, body: &Bytes) -> Answer {
     no_body(body)?;
-    mount(status, query)?;
-    Ok(answer(StatusCode::OK, &json!([])))
+    let (at, _) = mount(status, query)?;
+    let accesses = recorded(status, &at).0.map(|stats| stats.pattern()).unwrap_or_default();
+    let list: Vec<Value> = accesses
+        .iter()
+        .map(|access| {
+            let first = access.first.duration_since(UNIX_EPOCH).unwrap_or_default();
+            json!({
+                "ino": access.node,
+                "nr_read": access.reads,
+                "first_access_time_secs": first.as_secs(),
+                "first_access_time_nanos": first.subsec_nanos(),
+            })
+        })
+        .collect();
+    Ok(answer(StatusCode::OK, &list))
+}
+
+/// What is recorded of each file of a mount.
+fn recorded(status: &Status, at: &MountPath) -> (Option<Arc<FileStats>>, FileStatsOptions) {
+    let stats = status.mounted().table().file_stats_at(at);
+    let options = stats.as_ref().map(|stats| stats.options()).unwrap_or_default();
+    (stats, options)
 }
 
 /// What was read from the backend of a config.
@@ -228,18 +250,24 @@ fn mount(status: &Status, query: &Query<'_>) -> Result<(MountPath, Entry), ApiEr
     }
 }
 
-/// Mounts and images with the config that `id` names, or the only one.
+/// Mounts and images with the config that `id` names, or the only one. If no config has it, it may be a mountpoint:
+/// nydus-snapshotter calls an image that has a daemon to itself `/`, and gives another id to its config.
 pub(super) fn config(
     status: &Status,
     query: &Query<'_>,
 ) -> Result<(Vec<MountPath>, Vec<Arc<ImageParts>>), ApiError> {
     let id = query.get("id")?;
     let images = status.mounted().entries().into_iter();
-    let images = images.filter_map(|(at, entry)| Some((at, entry.image?)));
-    let (mounts, images): (Vec<_>, Vec<_>) = match &id {
-        Some(id) => images.filter(|(_, image)| image.config_id == *id).unzip(),
-        None => images.unzip(),
-    };
+    let mut images: Vec<_> = images.filter_map(|(at, entry)| Some((at, entry.image?))).collect();
+    if let Some(id) = &id {
+        if images.iter().any(|(_, image)| image.config_id == *id) {
+            images.retain(|(_, image)| image.config_id == *id);
+        } else {
+            let named = MountPath::parse(id).ok();
+            images.retain(|(at, _)| Some(at) == named.as_ref());
+        }
+    }
+    let (mounts, images): (Vec<_>, Vec<_>) = images.into_iter().unzip();
     let one = match images.split_first() {
         Some((first, rest)) => rest.iter().all(|image| image.config_id == first.config_id),
         None => false,

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::backend::LocalFsConfig;
+use crate::fuse::FileStatsOptions;
 use crate::oci::auth::Secret;
 
 pub use backend::BackendConfig;
@@ -92,6 +93,8 @@ pub struct Config {
     /// Most bytes that are fetched early because a reader wants a chunk; 0: no read-ahead
     /// (`amplify_io`, `rafs.batch_size`).
     pub amplify: u64,
+    /// What to record of each file.
+    pub file_stats: FileStatsOptions,
     /// What the document asks for and does not get, or what nobody knows: `key: reason`.
     pub notes: Vec<String>,
     /// The document itself, for a daemon that takes over; none: the defaults.
@@ -198,6 +201,7 @@ impl Config {
             work_dir: cache_home(|name| std::env::var_os(name))?,
             prefetch: Prefetch::default(),
             amplify: DEFAULT_AMPLIFY,
+            file_stats: FileStatsOptions::default(),
             notes: Vec::new(),
             document: None,
             localfs_dir: localfs_dir.map(Path::to_owned),
@@ -226,8 +230,9 @@ impl Config {
                 "prefetch": prefetch,
                 "filecache": {"work_dir": self.work_dir, "disable_indexed_map": false}},
             "rafs": {"mode": "direct", "batch_size": self.amplify, "validate": true,
-                "enable_xattr": true, "iostats_files": false,
-                "access_pattern": false, "latest_read_files": false, "prefetch": prefetch},
+                "enable_xattr": true, "iostats_files": self.file_stats.numbers,
+                "access_pattern": self.file_stats.pattern,
+                "latest_read_files": self.file_stats.latest, "prefetch": prefetch},
         })
     }
 }

@@ -6,9 +6,9 @@ use serde_json::{Map, Value};
 
 use super::prefetch::{self, Prefetch};
 use super::table::{Notes, Table};
-use super::{Config, ConfigError, DEFAULT_AMPLIFY, Form, backend, short};
+use super::{BackendConfig, Config, ConfigError, DEFAULT_AMPLIFY, Form, backend, short};
+use crate::fuse::FileStatsOptions;
 
-const NO_FILE_STATS: &str = "statistics per file are not in this build";
 const SHOWS_XATTRS: &str = "attributes of an image are always shown: capabilities are among them";
 
 pub(super) fn read(form: Form, document: Map<String, Value>) -> Result<Config, ConfigError> {
@@ -16,6 +16,45 @@ pub(super) fn read(form: Form, document: Map<String, Value>) -> Result<Config, C
     match form {
         Form::JsonV1 => version_1(document),
         _ => version_2(document, form),
+    }
+}
+
+/// What both versions say about an image, under names that differ.
+struct ImageKeys {
+    validate: &'static str,
+    amplify: &'static str,
+    prefetch: &'static str,
+    prefetch_keys: &'static prefetch::Keys,
+}
+
+const KEYS_1: ImageKeys = ImageKeys {
+    validate: "digest_validate",
+    amplify: "amplify_io",
+    prefetch: "fs_prefetch",
+    prefetch_keys: &prefetch::VERSION_1,
+};
+
+const KEYS_2: ImageKeys = ImageKeys {
+    validate: "validate",
+    amplify: "batch_size",
+    prefetch: "prefetch",
+    prefetch_keys: &prefetch::VERSION_2,
+};
+
+/// A config of which only backend and cache are known.
+fn begin(form: Form, id: String, backend: BackendConfig, work_dir: PathBuf) -> Config {
+    Config {
+        form,
+        id,
+        backend,
+        work_dir,
+        prefetch: Prefetch::default(),
+        amplify: DEFAULT_AMPLIFY,
+        file_stats: FileStatsOptions::default(),
+        notes: Notes::new(),
+        document: None,
+        localfs_dir: None,
+        environment: false,
     }
 }
 
@@ -40,29 +79,10 @@ fn version_1(mut top: Table) -> Result<Config, ConfigError> {
     }
     device.finish(&mut notes);
 
-    mode(&mut top, &mut notes)?;
-    // Every chunk is verified, whatever these say.
-    top.take::<bool>("digest_validate")?;
-    top.ignore("enable_xattr", true, SHOWS_XATTRS, &mut notes)?;
-    file_statistics(&mut top, &mut notes)?;
-    let amplify = top.take("amplify_io")?.unwrap_or(DEFAULT_AMPLIFY);
-    let prefetch = match top.table("fs_prefetch")? {
-        Some(table) => Prefetch::read(table, &prefetch::VERSION_1, &mut notes)?,
-        None => Prefetch::default(),
-    };
+    let mut config = begin(Form::JsonV1, id, backend, work_dir);
+    image(&mut top, &KEYS_1, &mut config, &mut notes)?;
     top.finish(&mut notes);
-    Ok(Config {
-        form: Form::JsonV1,
-        id,
-        backend,
-        work_dir,
-        prefetch,
-        amplify,
-        notes,
-        document: None,
-        localfs_dir: None,
-        environment: false,
-    })
+    Ok(Config { notes, ..config })
 }
 
 fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
@@ -84,7 +104,7 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
     let mut cache = top.table("cache")?;
     cache_type(&top, cache.as_mut())?;
     let mut work_dir = PathBuf::from(".");
-    let (mut prefetch, mut amplify) = (Prefetch::default(), DEFAULT_AMPLIFY);
+    let mut prefetch = Prefetch::default();
     if let Some(mut cache) = cache {
         cache_flags(&mut cache, &mut notes)?;
         if let Some(own) = cache.table("filecache")? {
@@ -96,30 +116,37 @@ fn version_2(mut top: Table, form: Form) -> Result<Config, ConfigError> {
         cache.finish(&mut notes);
     }
 
+    let mut config = Config { prefetch, ..begin(form, id, backend, work_dir) };
     if let Some(mut rafs) = top.table("rafs")? {
-        mode(&mut rafs, &mut notes)?;
-        rafs.take::<bool>("validate")?;
-        rafs.ignore("enable_xattr", true, SHOWS_XATTRS, &mut notes)?;
-        file_statistics(&mut rafs, &mut notes)?;
-        amplify = rafs.take("batch_size")?.unwrap_or(DEFAULT_AMPLIFY);
-        if let Some(table) = rafs.table("prefetch")? {
-            prefetch = prefetch.or(Prefetch::read(table, &prefetch::VERSION_2, &mut notes)?);
-        }
+        image(&mut rafs, &KEYS_2, &mut config, &mut notes)?;
         rafs.finish(&mut notes);
     }
     top.finish(&mut notes);
-    Ok(Config {
-        form,
-        id,
-        backend,
-        work_dir,
-        prefetch,
-        amplify,
-        notes,
-        document: None,
-        localfs_dir: None,
-        environment: false,
-    })
+    Ok(Config { notes, ..config })
+}
+
+/// How the image is shown and read.
+fn image(
+    table: &mut Table,
+    keys: &ImageKeys,
+    config: &mut Config,
+    notes: &mut Notes,
+) -> Result<(), ConfigError> {
+    mode(table, notes)?;
+    // Every chunk is verified, whatever this says.
+    table.take::<bool>(keys.validate)?;
+    table.ignore("enable_xattr", true, SHOWS_XATTRS, notes)?;
+    config.file_stats = FileStatsOptions {
+        numbers: table.take("iostats_files")?.unwrap_or(false),
+        pattern: table.take("access_pattern")?.unwrap_or(false),
+        latest: table.take("latest_read_files")?.unwrap_or(false),
+    };
+    config.amplify = table.take(keys.amplify)?.unwrap_or(DEFAULT_AMPLIFY);
+    if let Some(own) = table.table(keys.prefetch)? {
+        let own = Prefetch::read(own, keys.prefetch_keys, notes)?;
+        config.prefetch = std::mem::take(&mut config.prefetch).or(own);
+    }
+    Ok(())
 }
 
 fn required_table(parent: &mut Table, key: &str) -> Result<Table, ConfigError> {
@@ -181,13 +208,6 @@ fn mode(parent: &mut Table, notes: &mut Notes) -> Result<(), ConfigError> {
             parent.path_of("mode")
         )),
         Some(_) => return Err(parent.error("mode", "use `direct` or `cached`")),
-    }
-    Ok(())
-}
-
-fn file_statistics(parent: &mut Table, notes: &mut Notes) -> Result<(), ConfigError> {
-    for key in ["iostats_files", "access_pattern", "latest_read_files"] {
-        parent.ignore(key, false, NO_FILE_STATS, notes)?;
     }
     Ok(())
 }

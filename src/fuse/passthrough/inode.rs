@@ -173,6 +173,11 @@ impl Table {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Inodes that the guest knows, the root among them.
+    pub(super) fn len(&self) -> usize {
+        self.inodes().by_node.len()
+    }
+
     /// The inode that a guest calls so.
     pub(super) fn get(&self, node: u64) -> Option<Arc<Inode>> {
         self.inodes().by_node.get(&node).cloned()

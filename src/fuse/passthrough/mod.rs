@@ -245,6 +245,10 @@ impl FileSystem for PassthroughFs {
         }
     }
 
+    fn remembers(&self) -> bool {
+        self.calls.table.len() > 1
+    }
+
     fn end_session(&self) {
         self.drop_later(self.calls.table.clear());
     }
