@@ -282,8 +282,9 @@ fn main() -> Result<()> {
         settings.runs
     ))?;
     measure(&settings, scratch.path(), &mut results)?;
-    let goals = bars::section(&results);
-    results.say(&goals)?;
+    if let Some(goals) = bars::section(&results) {
+        results.say(&goals)?;
+    }
     if !settings.quick && settings.only.is_empty() {
         results.write()?;
     }

@@ -169,12 +169,16 @@ fn goals(results: &Results) -> Vec<Option<Goal>> {
     ]
 }
 
-/// The table of goals.
-pub fn section(results: &Results) -> String {
-    let rows = goals(results).into_iter().flatten().map(|goal| {
-        let met = if goal.met { "met" } else { "**not met**" };
-        [goal.about.to_owned(), goal.asked.to_owned(), goal.measured, met.to_owned()].to_vec()
-    });
+/// The table of goals; `None` if none was measured.
+pub fn section(results: &Results) -> Option<String> {
+    let rows: Vec<Vec<String>> = goals(results)
+        .into_iter()
+        .flatten()
+        .map(|goal| {
+            let met = if goal.met { "met" } else { "**not met**" };
+            [goal.about.to_owned(), goal.asked.to_owned(), goal.measured, met.to_owned()].to_vec()
+        })
+        .collect();
     let header = ["workload", "goal", "measured", ""].map(str::to_owned).to_vec();
-    format!("### goals\n\n{}\n", by_rows(header, rows.collect()))
+    (!rows.is_empty()).then(|| format!("### goals\n\n{}\n", by_rows(header, rows)))
 }
