@@ -134,6 +134,11 @@ impl Node {
         start_inside(self.init, self.dir.path(), unit, &line)
     }
 
+    /// Starts a program on the node, to end with it.
+    pub fn start_program(&self, line: &[&str]) -> Result<Child> {
+        start_inside(self.init, self.dir.path(), line[0], line)
+    }
+
     /// Sends a signal to what a unit has started, and waits for its end.
     pub fn stop_unit(&self, unit: &str, mut child: Child, signal: &str) -> Result<ExitStatus> {
         let pid = fs::read_to_string(self.dir.path().join(format!("{unit}.pid")))?;
@@ -245,7 +250,18 @@ impl Node {
 
     /// Asks the snapshotter's system controller.
     pub fn system(&self, method: &str, path: &str, body: Option<Value>) -> Result<String> {
-        let socket = self.path("/run/containerd-nydus/system.sock");
+        self.ask("/run/containerd-nydus/system.sock", method, path, body)
+    }
+
+    /// Asks who serves HTTP on a socket of the node.
+    pub fn ask(
+        &self,
+        socket: &str,
+        method: &str,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<String> {
+        let socket = self.path(socket);
         let client = client(&socket);
         runtime()?.block_on(async {
             let client = client.build()?;
