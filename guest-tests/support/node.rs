@@ -19,7 +19,7 @@ use super::parts::{Parts, run};
 use super::registry::Registry;
 
 /// How long anything may take on a busy machine.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(15);
 
 /// The name by which the node knows the registry; `localhost` would be asked without TLS.
 const REGISTRY_NAME: &str = "registry.test";
@@ -281,11 +281,14 @@ impl Node {
         PathBuf::from(format!("/proc/{}/root{inside}", self.init))
     }
 
-    /// Mounts of rafsd on the node.
+    /// Mounts of rafsd on the node; those of the host were there before.
     pub fn mounts(&self) -> Result<Vec<String>> {
         let table = fs::read_to_string(format!("/proc/{}/mounts", self.init))?;
         let fields = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-        Ok(fields.filter(|f| f[2] == "fuse.rafsd").map(|f| f[1].to_owned()).collect())
+        Ok(fields
+            .filter(|f| f[2] == "fuse.rafsd" && f[1].starts_with("/var/lib/"))
+            .map(|f| f[1].to_owned())
+            .collect())
     }
 
     /// What the snapshotter measures, for Prometheus, at the address in its configuration.
@@ -315,9 +318,21 @@ impl Node {
             let log = fs::read(&path).unwrap_or_default();
             let log = String::from_utf8_lossy(&log);
             // What the snapshotter says each time a test asks about a daemon that is gone.
-            let polled = ["RSS memory", "file system metrics"];
+            let polled = [
+                "RSS memory",
+                "file system metrics",
+                "no single instance",
+                "[Prepare]",
+                "[Mounts]",
+                "[Remove]",
+                "[Cleanup]",
+                "cache usage",
+                "remote mount options",
+                "is ready",
+                "Prepare active",
+            ];
             let lines = log.lines().filter(|line| !polled.iter().any(|text| line.contains(text)));
-            let skip = lines.clone().count().saturating_sub(60);
+            let skip = lines.clone().count().saturating_sub(90);
             text += &format!("--- {} ---\n", path.display());
             for line in lines.skip(skip) {
                 text += line;
