@@ -294,6 +294,19 @@ fn cached(node: &Node) -> BTreeSet<String> {
     names.filter(|name| name.ends_with(".layer.disk")).collect()
 }
 
+/// Has the snapshotter put a new program in the place of its daemons: once it has the state of the one that it has
+/// just started, and it refuses before.
+fn upgrade(node: &Node) {
+    let new = json!({ "nydusd_path": env!("CARGO_BIN_EXE_rafsd"), "version": "new", "policy": "" });
+    let ask = || node.system("PUT", "/api/v1/daemons/upgrade", Some(new.clone()));
+    let mut refused = String::new();
+    let done = wait_for("the upgrade", || ask().map_err(|e| refused = format!("{e:#}")).ok());
+    assert!(done.is_ok(), "{refused}");
+    if !refused.is_empty() {
+        eprintln!("the upgrade was refused at first: {refused}");
+    }
+}
+
 /// Nothing is left of images that were removed.
 fn nothing_is_left(node: &Node) {
     wait_for("mounts are gone", || node.mounts().ok()?.is_empty().then_some(())).unwrap();
@@ -354,8 +367,7 @@ fn a_daemon_for_each_image() {
     reading.goes_on();
 
     // An update puts the new program in the old one's place.
-    let new = json!({ "nydusd_path": env!("CARGO_BIN_EXE_rafsd"), "version": "new", "policy": "" });
-    node.system("PUT", "/api/v1/daemons/upgrade", Some(new)).unwrap();
+    upgrade(&node);
     let pid = next_daemon(&node, pid);
     reading.goes_on();
 
@@ -413,8 +425,7 @@ fn one_daemon_for_all_images() {
     reading.goes_on();
     let output = node.run("two:rafs", &container("two"), "cd /data && sha256sum *").unwrap();
     assert_eq!(output, sums(&two), "both images were taken over");
-    let new = json!({ "nydusd_path": env!("CARGO_BIN_EXE_rafsd"), "version": "new", "policy": "" });
-    node.system("PUT", "/api/v1/daemons/upgrade", Some(new)).unwrap();
+    upgrade(&node);
     next_daemon(&node, pid);
     reading.goes_on();
     node.remove_image("two:rafs").unwrap();
