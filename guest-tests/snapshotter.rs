@@ -302,9 +302,6 @@ fn upgrade(node: &Node) {
     let mut refused = String::new();
     let done = wait_for("the upgrade", || ask().map_err(|e| refused = format!("{e:#}")).ok());
     assert!(done.is_ok(), "{refused}");
-    if !refused.is_empty() {
-        eprintln!("the upgrade was refused at first: {refused}");
-    }
 }
 
 /// Nothing is left of images that were removed.
