@@ -513,8 +513,15 @@ fn an_upgrade_is_seen_by_no_reader() {
     assert_eq!(put(&dir.path().join("A"), "/api/v1/daemon/exit").0, 204);
     let (status, _, log) = old.end();
     assert!(status.success() && log.contains("is left to the next daemon"), "{log}");
+    // What comes before the start is over waits for it, and is looked at then.
+    let early = UnixStream::connect(&api).unwrap();
+    let early = std::thread::spawn(move || {
+        exchange(&early, "DELETE", "/api/v1/mount?mountpoint=/nothing", "")
+    });
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(put(&api, "/api/v1/daemon/start").0, 204);
+    let (status, answer) = early.join().unwrap();
+    assert!(status == 500 && answer.contains("doesn't exist"), "{status} {answer}");
     assert_eq!(state(&api).as_deref(), Some("RUNNING"));
     assert_eq!(put(&api, "/api/v1/daemon/start").0, 400);
     reader.goes_on();
