@@ -5,14 +5,24 @@
 //! needs for a request says more than how many requests it answers. A run of everything writes its results into
 //! `docs/benchmarks.md`.
 
+#[path = "bench/bars.rs"]
+mod bars;
 #[path = "bench/cold.rs"]
 mod cold;
+#[path = "bench/cold_start.rs"]
+mod cold_start;
 #[path = "bench/growth.rs"]
 mod growth;
+#[path = "bench/guest.rs"]
+mod guest;
 #[path = "bench/limits.rs"]
 mod limits;
 #[path = "bench/load.rs"]
 mod load;
+#[path = "bench/pieces.rs"]
+mod pieces;
+#[path = "bench/plot.rs"]
+mod plot;
 #[path = "bench/report.rs"]
 mod report;
 #[path = "bench/subject.rs"]
@@ -21,6 +31,7 @@ mod support;
 #[path = "bench/warm.rs"]
 mod warm;
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -30,6 +41,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
+use plot::Groups;
+use report::{Case, Family, Series};
 use subject::Tree;
 use support::parts::{Parts, run};
 use support::say;
@@ -41,9 +54,10 @@ struct Args {
     /// Two minutes for a change at hand: fewer workloads, three runs, nothing is written to docs/.
     #[arg(long)]
     quick: bool,
-    /// Only sections whose name contains this; nothing is written to docs/.
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Only these sections, separated by commas: walk, stat, random, sequential, small, cold-reads, cold-start, stall,
+    /// files, blobs, images, guest. Nothing is written to docs/.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
     /// Runs of each contender (default 5, quick 3).
     #[arg(long)]
     runs: Option<usize>,
@@ -61,7 +75,7 @@ struct Args {
 /// How to measure.
 pub struct Settings {
     pub quick: bool,
-    pub only: String,
+    pub only: Vec<String>,
     pub runs: usize,
     /// Of a run that lasts as long as one wants.
     pub time: Duration,
@@ -70,7 +84,7 @@ pub struct Settings {
 
 impl Settings {
     fn wants(&self, section: &str) -> bool {
-        section.contains(&self.only)
+        self.only.is_empty() || self.only.iter().any(|name| name == section)
     }
 }
 
@@ -78,29 +92,89 @@ impl Settings {
 const BEGIN: &str = "<!-- scripts/bench writes from here -->";
 const END: &str = "<!-- scripts/bench writes to here -->";
 
-/// What came out, section by section.
+/// What came out.
 #[derive(Default)]
 struct Results {
     text: String,
+    families: Vec<Family>,
+    /// By section.
+    rows: HashMap<&'static str, Vec<Series>>,
 }
 
 impl Results {
     /// Goes to standard output at once; progress goes to standard error.
-    fn add(&mut self, section: &str) -> Result<()> {
+    fn say(&mut self, section: &str) -> Result<()> {
         self.text += section;
         self.text += "\n";
         writeln!(std::io::stdout(), "{section}").context("writing the results")
     }
 
-    /// Replaces what an earlier run left in `docs/benchmarks.md`.
+    fn add(&mut self, families: Vec<Family>) -> Result<()> {
+        for family in families {
+            self.say(&family.section())?;
+            self.families.push(family);
+        }
+        Ok(())
+    }
+
+    fn add_rows(&mut self, name: &'static str, text: &str, rows: Vec<Series>) -> Result<()> {
+        self.rows.insert(name, rows);
+        self.say(text)
+    }
+
+    fn case(&self, family: &str, case: &str) -> Option<&Case> {
+        let family = self.families.iter().find(|known| known.name == family)?;
+        family.cases.iter().find(|known| known.name == case)
+    }
+
+    fn rows(&self, section: &str) -> Option<&[Series]> {
+        self.rows.get(section).map(Vec::as_slice)
+    }
+
+    /// Replaces what an earlier run left in `docs/`.
     fn write(&self) -> Result<()> {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/benchmarks.md");
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+        let path = docs.join("benchmarks.md");
         let old = fs::read_to_string(&path)?;
         let (before, rest) = old.split_once(BEGIN).context("no line to write from")?;
         let (_, after) = rest.split_once(END).context("no line to write to")?;
         fs::write(&path, format!("{before}{BEGIN}\n\n{}{END}{after}", self.text))?;
-        say(format!("written to {}", path.display()));
+        let rate = self.ratios(|family| Some(family.lead.0), true);
+        let title = "requests per second, those of rafsd = 1: longer is faster";
+        plot::bars(&docs.join("benchmarks-rate.svg"), title, &rate, 3.0)?;
+        let cost = self.ratios(|family| family.cost, false);
+        let title = "CPU time for the same work, that of rafsd = 1: shorter is cheaper";
+        plot::bars(&docs.join("benchmarks-cost.svg"), title, &cost, 10.0)?;
+        say(format!("written to {}", docs.display()));
         Ok(())
+    }
+
+    /// A few cases, each contender's value by ours; limits only where they are of the same kind of work.
+    fn ratios(&self, column: impl Fn(&Family) -> Option<&'static str>, limits: bool) -> Groups {
+        const SHOWN: [(&str, &str); 8] = [
+            ("walk", "depth 8"),
+            ("stat", "depth 8"),
+            ("random reads", "4 KiB, depth 1"),
+            ("random reads", "4 KiB, depth 32"),
+            ("random reads", "64 KiB, depth 8"),
+            ("sequential reads", "128 KiB, depth 8"),
+            ("sequential reads", "1 MiB, depth 32"),
+            ("small files", "depth 8"),
+        ];
+        let group = |(name, case): &(&str, &str)| {
+            let family = self.families.iter().find(|family| family.name == *name)?;
+            let (column, case) = (column(family)?, self.case(name, case)?);
+            let ours = case.median(report::OURS, column)?;
+            let shown = case.all.iter().filter(|series| {
+                let limit = series.contender.starts_with("limit");
+                !limit || (limits && case.name != "4 KiB, depth 1")
+            });
+            let bars = shown.filter_map(|series| {
+                Some((series.contender.clone(), series.median(column)? / ours))
+            });
+            Some((format!("{name}, {}", case.name), bars.collect()))
+        };
+        SHOWN.iter().filter_map(group).collect()
     }
 }
 
@@ -139,25 +213,44 @@ fn versions() -> Result<String> {
     ))
 }
 
-fn warm(settings: &Settings, scratch: &Path, results: &mut Results) -> Result<()> {
-    let dir = scratch.join("warm");
+/// Everything but the warm workloads, which share their daemons, in the order of the page.
+const OTHERS: [&str; 7] =
+    ["cold-reads", "cold-start", "stall", "files", "blobs", "images", "guest"];
+
+/// Measures the sections that are wanted, one after the other.
+fn measure(settings: &Settings, scratch: &Path, results: &mut Results) -> Result<()> {
+    let dir = scratch.join("tree-and-image");
     fs::create_dir(&dir)?;
     let start = Instant::now();
     let tree = Tree::debian(&dir)?;
-    say(format!(
-        "{} entries, {} MB, an image of it: {:.1?}",
-        tree.names.len(),
-        tree.bytes / 1_000_000,
-        start.elapsed()
-    ));
-    let mut warm = Warm::start(settings, &tree, &dir)?;
-    for name in WARM.iter().filter(|name| settings.wants(name)) {
-        let start = Instant::now();
-        let measured = warm.measure(name).with_context(|| (*name).to_owned())?;
-        say(format!("{name}: {:.1?}", start.elapsed()));
-        for family in &measured {
-            results.add(&family.section())?;
+    let (names, mb) = (tree.names.len(), tree.bytes / 1_000_000);
+    say(format!("{names} entries, {mb} MB, an image of it: {:.1?}", start.elapsed()));
+    if WARM.iter().any(|name| settings.wants(name)) {
+        let mut warm = Warm::start(settings, &tree, &dir)?;
+        for name in WARM.iter().filter(|name| settings.wants(name)) {
+            let start = Instant::now();
+            results.add(warm.measure(name).with_context(|| (*name).to_owned())?)?;
+            say(format!("{name}: {:.1?}", start.elapsed()));
         }
+    }
+    let few = settings.runs.min(3);
+    for name in OTHERS.iter().filter(|name| settings.wants(name)) {
+        let start = Instant::now();
+        let (text, rows) = match *name {
+            "cold-reads" => {
+                results.add(vec![cold::sequential(few, &tree, scratch).context(*name)?])?;
+                continue;
+            }
+            "cold-start" => cold_start::measure(few, scratch),
+            "stall" => cold::stall(few, &tree, scratch),
+            "files" => growth::measure(settings, few, scratch),
+            "blobs" => pieces::blobs(settings, few, scratch),
+            "images" => pieces::images(few, &tree, scratch),
+            _ => guest::measure(few, &tree, scratch),
+        }
+        .with_context(|| (*name).to_owned())?;
+        results.add_rows(name, &text, rows)?;
+        say(format!("{name}: {:.1?}", start.elapsed()));
     }
     Ok(())
 }
@@ -177,21 +270,20 @@ fn main() -> Result<()> {
         }),
     };
     ensure!(settings.runs > 0 && !settings.files.is_empty(), "nothing to do");
+    for name in &settings.only {
+        let known = WARM.iter().chain(&OTHERS).any(|section| section == name);
+        ensure!(known, "no section is called '{name}'; see --help");
+    }
     let scratch = tempfile::tempdir()?;
     let mut results = Results::default();
-    results.add(&format!(
+    results.say(&format!(
         "{}. Medians of {} runs ± half of the distance between the best and the worst.\n",
         versions()?,
         settings.runs
     ))?;
-    if WARM.iter().any(|name| settings.wants(name)) {
-        warm(&settings, scratch.path(), &mut results)?;
-    }
-    if settings.wants("files") {
-        results.add(&growth::section(&growth::measure(&settings, scratch.path())?))?;
-    }
-    if settings.wants("cold-start") {
-        results.add(&cold::measure(settings.runs, scratch.path())?)?;
+    measure(&settings, scratch.path(), &mut results)?;
+    if let Some(goals) = bars::section(&results) {
+        results.say(&goals)?;
     }
     if !settings.quick && settings.only.is_empty() {
         results.write()?;

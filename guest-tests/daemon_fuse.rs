@@ -11,7 +11,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -218,6 +218,76 @@ fn a_signal_unmounts_even_what_is_busy() {
     assert!(open.read_at(&mut [0; 1], 0).is_err() || open.metadata().is_ok());
     let _ = busy.kill();
     let _ = busy.wait();
+}
+
+/// Reads that hang in the backend, reads and listings of what is cached, writes to a shared directory: all at once.
+#[test]
+fn a_signal_ends_it_under_load() {
+    let (images, shared) = (stage(), stage());
+    let image = Image::build(images.path(), 4, 1 << 20, 64 << 10, "none").unwrap();
+    let backend = HangFs::mount(&image.blobs, &images.path().join("backend")).unwrap();
+    let config = serde_json::json!({
+        "device": {
+            "backend": {"type": "localfs", "config": {"dir": backend.path()}},
+            "cache": {"type": "blobcache", "config": {"work_dir": images.path()}},
+        },
+        "mode": "direct",
+    });
+    fs::write(images.path().join("config.json"), config.to_string()).unwrap();
+    let line = format!(
+        "fuse --bootstrap {} --config config.json --mountpoint M --apisock A --read-timeout 100s",
+        image.bootstrap.display()
+    );
+    fs::create_dir(shared.path().join("shared")).unwrap();
+    let line_of_shared = "fuse --shared-dir shared --mountpoint M --apisock A";
+    let daemons = [
+        ("image", &images, Daemon::start(images.path(), rafsd(images.path(), &line))),
+        (
+            "shared directory",
+            &shared,
+            Daemon::start(shared.path(), rafsd(shared.path(), line_of_shared)),
+        ),
+    ];
+    let (at, shared_at) = (images.path().join("M"), shared.path().join("M"));
+    let warm = at.join(name(0));
+    fs::read(&warm).unwrap();
+    backend.set(Mode::Hang);
+    let mut load = Vec::new();
+    for number in 1..4 {
+        let path = at.join(name(number));
+        load.push(std::thread::spawn(move || assert!(fs::read(path).is_err(), "it never came")));
+    }
+    let goes_on = |work: Box<dyn Fn() -> std::io::Result<()> + Send>| {
+        std::thread::spawn(move || while work().is_ok() {})
+    };
+    for number in 0..2 {
+        let (file, dir) = (fs::File::open(&warm).unwrap(), at.clone());
+        load.push(goes_on(Box::new(move || {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+            file.read_exact_at(&mut [0; 65536], 0)?;
+            fs::read_dir(&dir).map(drop)
+        })));
+        // By way of a descriptor: the path leads to the directory below when the mount is gone.
+        let dir = fs::File::open(&shared_at).unwrap();
+        load.push(goes_on(Box::new(move || {
+            let path = PathBuf::from(format!("/proc/self/fd/{}/file{number}", dir.as_raw_fd()));
+            fs::write(&path, [7; 65536])?;
+            fs::rename(&path, path.with_extension("old"))
+        })));
+    }
+    backend.wait_hanging(1, SOON).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    for (what, dir, daemon) in daemons {
+        daemon.signal(libc::SIGTERM);
+        let (status, took, log) = daemon.end();
+        support::say(format!("SIGTERM under load, {what}: gone after {took:?}"));
+        assert!(status.success(), "{log}");
+        // On an idle machine it takes milliseconds, and half a second at most.
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        assert!(!is_mounted(&dir.path().join("M")), "{log}");
+    }
+    // Nobody waits for an answer of somebody who is gone.
+    load.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! and replace daemons, update, remove. The machine is set up as docs/snapshotter.md says, from the files of
 //! `kata-config/` as they are.
 //!
-//! Needs root and `scripts/parts containerd-1 containerd-2 nydus-snapshotter registry skopeo umoci tools`.
+//! Needs root and `scripts/parts containerd-1 containerd-2 nydus-snapshotter nydusctl registry skopeo umoci tools`.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
 mod support {
@@ -15,12 +15,13 @@ mod support {
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use support::node::{Containerd, Node, wait_for};
@@ -188,6 +189,65 @@ fn units_serve_an_image(node: &Node, digests: &BTreeMap<String, String>) {
     assert!(node.stop_unit(unit, child, "-TERM").unwrap().success());
 }
 
+/// All commands of nydusctl, with the program itself, beside one image and one shared directory.
+#[test]
+fn nydusctl_asks_a_daemon_everything() {
+    let parts = Parts::install(&["nydusctl"]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, log) = (dir.path().join("api.sock"), dir.path().join("rafsd.log"));
+    let mut daemon = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "--", env!("CARGO_BIN_EXE_rafsd"), "virtiofs"])
+        .args(["--sock".as_ref(), dir.path().join("fs.sock").as_os_str()])
+        .args(["--apisock".as_ref(), socket.as_os_str(), "--log-file".as_ref(), log.as_os_str()])
+        .spawn()
+        .unwrap();
+    wait_for("the daemon", || UnixStream::connect(&socket).ok()).unwrap();
+    let nydusctl = |arguments: &[&str]| {
+        let mut command = Command::new(parts.path("nydusctl").unwrap());
+        let output = run(command.arg("--sock").arg(&socket).args(arguments)).unwrap();
+        String::from_utf8(output).unwrap()
+    };
+
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-tests/golden/v6-zstd");
+    let config = json!({
+        "device": {
+            "backend": {"type": "localfs", "config": {"dir": golden.join("blobs")}},
+            "cache": {"type": "blobcache", "config": {"work_dir": dir.path().join("cache")}},
+        },
+        "mode": "direct",
+    });
+    let (document, empty) = (dir.path().join("config.json"), dir.path().join("empty"));
+    fs::write(&document, config.to_string()).unwrap();
+    fs::write(&empty, "").unwrap();
+    let mount = |source: &Path, config: &Path, at: &str, kind: &str| {
+        let (source, config) = (source.to_str().unwrap(), config.to_str().unwrap());
+        nydusctl(&["mount", "-s", source, "-c", config, "-m", at, "-t", kind]);
+    };
+    mount(&golden.join("bootstrap"), &document, "/rafs/c1/lowerdir", "rafs");
+    mount(dir.path(), &empty, "/containers", "passthrough_fs");
+    let info = nydusctl(&["info"]);
+    for shown in ["RUNNING", "/rafs/c1/lowerdir", "Rafs", "/containers", "PassthroughFs"] {
+        assert!(info.contains(shown), "{info}");
+    }
+    let raw: Value = serde_json::from_str(&nydusctl(&["--raw", "info"])).unwrap();
+    assert_eq!(raw["state"], "RUNNING");
+    nydusctl(&["set", "log-level", "debug"]);
+    assert!(nydusctl(&["metrics", "fsstats"]).contains("FOP Counters"));
+    assert!(nydusctl(&["metrics", "backend"]).contains("localfs"));
+    assert!(nydusctl(&["metrics", "cache"]).contains(".blob.data"));
+    nydusctl(&["umount", "/rafs/c1/lowerdir"]);
+    nydusctl(&["umount", "/containers"]);
+    assert!(!nydusctl(&["info"]).contains("Instances"));
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert!(fs::read_to_string(log).unwrap().contains("DEBUG"), "the level was changed");
+}
+
+/// An address of this host that nobody listens on.
+fn free_address() -> String {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
 /// The data files in the cache.
 fn cached(node: &Node) -> BTreeSet<String> {
     let entries = fs::read_dir(node.path(ROOT).join("cache")).unwrap().flatten();
@@ -236,11 +296,17 @@ fn a_daemon_for_each_image() {
         pid
     };
 
-    // Nor of the snapshotter's.
+    // Nor of the snapshotter's. Started again, it is told to hand credentials on when they have changed.
     let before = Reading { node: &node, id: id.clone(), digests: &one }.lines();
     node.stop_snapshotter().unwrap();
     Reading { node: &node, id: id.clone(), digests: &one }.goes_on();
+    let renewal = "[remote.auth]\ncredential_renewal_interval = \"500ms\"\n";
+    node.edit_config(|text| format!("{text}\n{renewal}")).unwrap();
     node.start_snapshotter().unwrap();
+    wait_for("new credentials", || {
+        node.daemon_logs().contains("config changed: registry_auth").then_some(())
+    })
+    .unwrap();
     let reading = Reading { node: &node, id: id.clone(), digests: &one };
     assert!(reading.lines() > before);
     assert_eq!(node.daemons().unwrap().keys().collect::<Vec<_>>(), [&pid], "it was found again");
@@ -251,7 +317,7 @@ fn a_daemon_for_each_image() {
     // An update puts the new program in the old one's place.
     let new = json!({ "nydusd_path": env!("CARGO_BIN_EXE_rafsd"), "version": "new", "policy": "" });
     node.system("PUT", "/api/v1/daemons/upgrade", Some(new)).unwrap();
-    next_daemon(&node, pid);
+    let pid = next_daemon(&node, pid);
     reading.goes_on();
 
     // Another image has another daemon, and does not live longer than it should.
@@ -268,6 +334,13 @@ fn a_daemon_for_each_image() {
     wait_for("one daemon", || (node.mounts().ok()?.len() == 1).then_some(())).unwrap();
     assert_eq!(cached(&node).len(), 2, "what the other image needs stays");
     reading.goes_on();
+
+    // When both die, containers lose their files, and new ones have them again.
+    node.kill_snapshotter().unwrap();
+    node.inside(&["kill", "-KILL", &pid.to_string()]).unwrap();
+    node.start_snapshotter().unwrap();
+    let output = node.run("one:rafs", &container("again"), "cd /data && sha256sum *").unwrap();
+    assert_eq!(output, sums(&one));
 
     node.kill_container(&id).unwrap();
     node.remove_image("one:rafs").unwrap();
@@ -311,11 +384,14 @@ fn one_daemon_for_all_images() {
 
     // The policy "restart": who had files open loses them, and new containers get them again.
     node.stop_snapshotter().unwrap();
-    let config = node.path("/etc/nydus/config.toml");
-    let text = fs::read_to_string(&config).unwrap();
-    let restart = text.replace("recover_policy = \"failover\"", "recover_policy = \"restart\"");
-    assert_ne!(restart, text);
-    fs::write(&config, restart).unwrap();
+    let address = free_address();
+    node.edit_config(|text| {
+        let restart = text.replace("recover_policy = \"failover\"", "recover_policy = \"restart\"");
+        assert_ne!(restart, text);
+        let often = "collect_interval = \"500ms\"\nhung_io_interval = \"500ms\"";
+        format!("{restart}\n[metrics]\naddress = \"{address}\"\n{often}\n")
+    })
+    .unwrap();
     node.start_snapshotter().unwrap();
     let old = kill_daemon(&node);
     next_daemon(&node, old);
@@ -323,6 +399,13 @@ fn one_daemon_for_all_images() {
         node.run("one:rafs", &container("again"), "cd /data && sha256sum *").ok()
     });
     assert_eq!(output.unwrap(), sums(&one));
+    let read = wait_for("what was read is measured", || {
+        let metrics = node.metrics(&address).ok()?;
+        let lines = metrics.lines().filter(|line| line.starts_with("nydusd_total_read_bytes{"));
+        let values = lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+        Some(values.sum::<f64>()).filter(|read| *read > 0.0)
+    });
+    assert!(read.unwrap() >= 2_200_000.0, "all files of the image");
 
     // A snapshotter that was started again lets even the shared daemon go with the last image.
     node.kill_container(&id).unwrap();

@@ -1,225 +1,217 @@
-//! Cold start: how long a guest waits for the files of a program that nobody on the host has read,
-//! over a link with a latency and a bandwidth.
-//!
-//! The image is a small Debian system with Python; the files are those that Python itself opens for
-//! a few dozen modules, in this order, read whole in requests of 128 KiB by one reader who waits for
-//! each: what is measured is how much of the waiting the daemon saves. The registry is the one of
-//! the tests, in this process: all answers share the bandwidth. A run begins with the start of the
-//! daemon and an empty cache, and ends with the last byte.
+//! Cold workloads: bytes come from elsewhere, and others do or do not wait for them.
 
-use std::collections::HashSet;
-use std::fmt::Write;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rafsd::rafs::Bootstrap;
-use rafsd::rafs::id::{BlobIndex, ChunkIndex};
 use serde_json::json;
 
-use super::report::{Contender, Measures, alternate, by_measure};
-use super::subject::Program as Server;
-use super::support::daemon::Launch;
-use super::support::fault_registry::FaultRegistry;
-use super::support::fuse_abi::ROOT_ID;
-use super::support::image::create;
-use super::support::parts::{Parts, run};
-use super::support::say;
+use super::load::{Anywhere, InOrder, Load, Opened, Places, Reads, drive};
+use super::report::{Case, Contender, Family, Measures, Series, alternate, by_measure};
+use super::subject::{Program, Served, Tree};
+use crate::support::fault_registry::{Fault, FaultRegistry};
+use crate::support::fuse_client::{Fuse, Reply, Ticket};
 
-/// Files that are read.
-const FILES: usize = 300;
-const STEP: usize = 128 << 10;
+const BLOCK: usize = 128 << 10;
 
-/// What Python is to import; it prints the files that this took, in order.
-const IMPORTS: &str = "
-import sys, os
-import json, logging, argparse, subprocess, tempfile, threading, datetime, decimal, hashlib, ssl
-import asyncio, http.client, http.server, urllib.request, email.message, email.parser, sqlite3, csv
-import xml.etree.ElementTree, concurrent.futures, multiprocessing, unittest, html.parser, zipfile
-import tarfile, gzip, bz2, lzma, ctypes, uuid, logging.config, statistics, ftplib, smtplib, imaplib
-import configparser, dataclasses, typing, pathlib, shutil, difflib, pdb, pickle, doctest, cProfile
-import distutils.core, lib2to3.refactor, pydoc, wsgiref.simple_server, xmlrpc.client, zoneinfo
-for name in ('yaml', 'pygments.lexers', 'pkg_resources', 'cryptography.x509', 'pip'):
-    try: __import__(name)
-    except Exception: pass
-maps = [line.split()[-1] for line in open('/proc/self/maps') if '/' in line]
-files = [os.path.realpath(sys.executable)]
-files += [path for path in maps if '.so' in path and 'lib-dynload' not in path]
-for module in list(sys.modules.values()):
-    files.append(getattr(module, '__cached__', None) or getattr(module, '__file__', None))
-for path in dict.fromkeys(os.path.realpath(path) for path in files if path):
-    if os.path.isfile(path) and path.startswith('/usr/'): print(path)
-";
+/// The daemons that have anything to fetch.
+const PROGRAMS: [Program; 2] = [Program::Rafsd, Program::Nydusd];
 
-/// How the daemon is told to fetch early.
-#[derive(Clone, Copy)]
-struct Variant {
-    name: &'static str,
-    list: bool,
-    everything: bool,
-}
-
-const VARIANTS: [Variant; 4] = [
-    Variant { name: "no prefetch", list: false, everything: false },
-    Variant { name: "list", list: true, everything: false },
-    Variant { name: "whole blob", list: false, everything: true },
-    Variant { name: "list, whole blob", list: true, everything: true },
-];
-
-/// (name, latency, bytes per second)
-const LINKS: [(&str, Duration, u64); 2] = [
-    ("20 ms, 50 MiB/s", Duration::from_millis(20), 50 << 20),
-    ("20 ms, 100 Mbit/s", Duration::from_millis(20), 12_500_000),
-];
-
-/// An image and the files that are read from it.
-struct Program {
-    bootstrap: PathBuf,
-    blobs: PathBuf,
-    files: Vec<String>,
-    list: PathBuf,
-    /// Stored bytes of the chunks that the files need, and how many they are.
-    hot: (u64, usize),
-}
-
-impl Program {
-    fn build(dir: &Path) -> Result<Program> {
-        let rootfs = Parts::install(&["rootfs", "python"])?.path("rootfs")?;
-        let python = Path::new("/usr/bin/python3");
-        let output = run(Command::new(python).args(["-I", "-c", IMPORTS]))?;
-        let files: Vec<String> =
-            String::from_utf8(output)?.lines().take(FILES).map(str::to_owned).collect();
-        let tree = dir.join("tree");
-        run(Command::new("cp").arg("-a").arg(&rootfs).arg(&tree))?;
-        let libraries = fs::read_dir("/usr/lib")?.flatten().map(|entry| entry.path());
-        for library in libraries.filter(|p| p.to_string_lossy().contains("/python3")) {
-            run(Command::new("cp").arg("-a").arg(&library).arg(tree.join("usr/lib")))?;
-        }
-        for file in &files {
-            let to = tree.join(file.trim_start_matches('/'));
-            if !to.exists() {
-                fs::create_dir_all(to.parent().context("a directory")?)?;
-                fs::copy(file, &to)?;
-            }
-        }
-        let (bootstrap, blobs) = (dir.join("bootstrap"), dir.join("blobs"));
-        fs::create_dir_all(&blobs)?;
-        let arguments: [&Path; 5] =
-            ["--bootstrap".as_ref(), &bootstrap, "--blob-dir".as_ref(), &blobs, &tree];
-        create(&arguments.map(Path::as_os_str))?;
-        fs::remove_dir_all(&tree)?;
-        let list = dir.join("files");
-        fs::write(&list, files.join("\n"))?;
-        let hot = hot(&Bootstrap::open(&bootstrap)?, &files)?;
-        let program = Program { bootstrap, blobs, files, list, hot };
-        Ok(program)
-    }
-}
-
-/// Stored bytes and number of the chunks of `files`.
-fn hot(image: &Bootstrap, files: &[String]) -> Result<(u64, usize)> {
-    let digests = image.chunk_digests(BlobIndex(0))?;
-    let wanted: HashSet<&[u8]> = files.iter().map(|file| file.as_bytes()).collect();
-    let (mut bytes, mut seen) = (0, HashSet::new());
-    for item in image.walk() {
-        let item = item?;
-        if !wanted.contains(item.path().as_slice()) {
-            continue;
-        }
-        for number in 0..item.inode.chunk_count() {
-            let index = item.inode.chunk(number)?.chunk_index();
-            if seen.insert(index) {
-                let record = digests.record(ChunkIndex(index)).context("a chunk with a record")?;
-                bytes += u64::from(record.compressed_size.get());
-            }
-        }
-    }
-    Ok((bytes, seen.len()))
-}
-
-fn start(
-    program: &Program,
-    registry: &FaultRegistry,
-    variant: Variant,
-    dir: &Path,
-) -> Result<Option<Measures>> {
-    let mut launch = Launch::new(&program.bootstrap, &program.blobs, dir)
-        .backend("registry", json!({"scheme": "http", "host": registry.host(), "repo": "python"}));
-    launch = launch.read_ahead();
-    launch.log_level = std::env::var("RAFSD_BENCH_LOG").unwrap_or_else(|_| "warn".into());
-    if variant.list {
-        launch = launch.arg("--prefetch-files").arg(&program.list);
-    }
-    if variant.list || variant.everything {
-        launch.prefetch = Some(json!({"enable": true, "prefetch_all": variant.everything}));
-    }
+/// Reads all files of an image whose blob lies in a local directory, with an empty cache.
+fn read_all(program: Program, tree: &Tree, dir: &Path) -> Result<Option<Measures>> {
+    let launch = program.launch(&tree.bootstrap, &tree.blobs, dir)?;
     let _ = fs::remove_dir_all(&launch.work_dir);
-    registry.forget_seen();
-    let begin = Instant::now();
-    let daemon = launch.spawn()?;
-    let (_vm, mut queues) = Server::Rafsd.guest(&daemon)?;
-    let fuse = &mut queues[0];
-    let mut known: std::collections::HashMap<&str, u64> = std::collections::HashMap::new();
-    for file in &program.files {
-        // As a guest does: each directory is looked up once.
-        let (mut node, mut end) = (ROOT_ID, 0);
-        for part in file.split('/').filter(|part| !part.is_empty()) {
-            end += part.len() + 1;
-            node = match known.get(&file[..end]) {
-                Some(node) => *node,
-                None => {
-                    let found = fuse.lookup(node, part.as_bytes()).with_context(|| file.clone())?;
-                    *known.entry(&file[..end]).or_insert(found.nodeid)
-                }
-            };
-        }
-        fuse.read_all(node, STEP).with_context(|| file.clone())?;
-    }
-    let time = begin.elapsed();
-    let cpu = daemon.cpu_time();
-    if launch.log_level != "warn" {
-        say(daemon.log());
-    }
-    drop(daemon);
-    let (requests, bytes) = registry.served();
+    let mut served = Served::of(program, launch.spawn()?)?;
+    let all: Vec<usize> = (0..tree.files.len()).collect();
+    let files = served.nodes(tree, &all)?;
+    let places = InOrder::new(files.iter().map(|file| file.size), BLOCK, None);
+    let (outcome, cpu) = served.drive(8, &mut Reads::new(&files, places, BLOCK))?;
+    let gib = outcome.bytes as f64 / (1u64 << 30) as f64;
     Ok(Some(vec![
-        ("seconds", time.as_secs_f64()),
-        ("MB", bytes as f64 / 1e6),
-        ("requests", requests as f64),
-        ("CPU ms", cpu.as_secs_f64() * 1e3),
+        ("MiB/s", gib * 1024.0 / outcome.time.as_secs_f64()),
+        ("CPU s/GiB", cpu.as_secs_f64() / gib),
     ]))
 }
 
-/// Measures all variants over all links, alternating: the text of the section.
-pub fn measure(runs: usize, scratch: &Path) -> Result<String> {
-    let dir = scratch.join("cold");
-    fs::create_dir(&dir)?;
-    let program = Program::build(&dir)?;
-    let image: u64 =
-        fs::read_dir(&program.blobs)?.flatten().map(|f| f.metadata().map_or(0, |m| m.len())).sum();
-    let registry = FaultRegistry::start(&program.blobs)?;
-    let (bytes, chunks) = program.hot;
-    let mut text = format!(
-        "### cold start\n\nA small Debian with the host's Python, in a registry whose answers begin after a while and share \
-         one bandwidth; read are the {} files that Python opens for a few dozen imports: {chunks} chunks, {:.1} MB stored, of \
-         a blob of {:.1} MB. In this order, whole, each read waiting for the one before. A run begins with the start of the \
-         daemon and an empty cache. The limit is one answer and the bytes that are needed; it needs to know everything in \
-         advance.\n",
-        program.files.len(),
-        bytes as f64 / 1e6,
-        image as f64 / 1e6,
-    );
-    for (name, latency, bandwidth) in LINKS {
-        registry.link(latency, Some(bandwidth));
-        let contenders = VARIANTS.iter().map(|variant| {
-            Contender::new(variant.name, || start(&program, &registry, *variant, &dir))
+/// All files of the Debian tree, by compressor.
+pub fn sequential(runs: usize, tree: &Tree, scratch: &Path) -> Result<Family> {
+    let mut cases = Vec::new();
+    for compressor in ["zstd", "none"] {
+        let dir = scratch.join(format!("cold-{compressor}"));
+        fs::create_dir(&dir)?;
+        let tree = Tree::of(tree.root.clone(), &dir, &["--compressor", compressor])?;
+        let contenders = PROGRAMS.map(|program| {
+            let (tree, dir) = (&tree, &dir);
+            Contender::new(program.name(), move || read_all(program, tree, dir))
         });
-        let all = alternate(contenders.collect(), runs)?;
-        let limit = latency.as_secs_f64() + bytes as f64 / bandwidth as f64;
-        let table = by_measure("prefetch", &all);
-        write!(text, "\n{name}; limit {limit:.3} s:\n\n{table}\n")?;
+        let all = alternate(contenders.into_iter().collect(), runs)?;
+        cases.push(Case { name: format!("{compressor}, depth 8"), all });
+        fs::remove_dir_all(&dir)?;
     }
-    Ok(text)
+    Ok(Family {
+        name: "cold reads",
+        what: "All files of the tree in order, READs of 128 KiB, an empty cache; the blob is a local file in the page \
+               cache. So this is what fetching, decompressing, verifying and writing to the cache cost."
+            .into(),
+        lead: ("MiB/s", true),
+        cost: Some("CPU s/GiB"),
+        cases,
+    })
+}
+
+/// Reads of 4 KiB from a cached file and GETATTRs in turns, until a time.
+struct Warm<'a> {
+    file: Opened,
+    places: Anywhere,
+    reading: bool,
+    sent: Instant,
+    waits: &'a mut Vec<Duration>,
+}
+
+impl Load for Warm<'_> {
+    fn next(
+        &mut self,
+        fuse: &mut Fuse,
+        _: usize,
+        answer: Option<&Reply>,
+    ) -> Result<Option<Ticket>> {
+        if let Some(reply) = answer {
+            self.waits.push(self.sent.elapsed());
+            reply.result()?;
+        }
+        let Some((_, offset)) = self.places.next() else { return Ok(None) };
+        self.reading = !self.reading;
+        self.sent = Instant::now();
+        let Opened { node, fh, .. } = self.file;
+        let ticket = if self.reading {
+            fuse.submit_read(node, fh, offset, 4096)
+        } else {
+            fuse.submit_getattr(node)
+        };
+        ticket.context("a full ring").map(Some)
+    }
+
+    fn done(&self) -> (u64, u64) {
+        (self.waits.len() as u64, 0)
+    }
+}
+
+/// One task of a warm load, the others of a cold one.
+struct Beside<A, B>(A, B);
+
+impl<A: Load, B: Load> Load for Beside<A, B> {
+    fn next(
+        &mut self,
+        fuse: &mut Fuse,
+        task: usize,
+        answer: Option<&Reply>,
+    ) -> Result<Option<Ticket>> {
+        match task {
+            0 => self.0.next(fuse, 0, answer),
+            _ => self.1.next(fuse, task - 1, answer),
+        }
+    }
+
+    fn done(&self) -> (u64, u64) {
+        self.0.done()
+    }
+}
+
+/// Files one after the other until a time, then no more.
+struct Until(InOrder, Instant);
+
+impl Places for Until {
+    fn next(&mut self) -> Option<(usize, u64)> {
+        if Instant::now() < self.1 { self.0.next() } else { None }
+    }
+}
+
+/// p50 and p99 in microseconds; those of no answer at all are infinite.
+fn shares(mut waits: Vec<Duration>) -> (f64, f64) {
+    waits.sort();
+    let Some(last) = waits.len().checked_sub(1) else { return (f64::INFINITY, f64::INFINITY) };
+    let at = |share: usize| waits[last * share / 100].as_secs_f64() * 1e6;
+    (at(50), at(99))
+}
+
+/// How long one warm request at a time takes: alone, beside one cold stream, beside reads that hang.
+fn beside(
+    program: Program,
+    tree: &Tree,
+    registry: &FaultRegistry,
+    dir: &Path,
+) -> Result<Option<Measures>> {
+    const TIME: Duration = Duration::from_millis(700);
+    registry.set(Fault::None);
+    registry.link(Duration::from_millis(20), Some(50 << 20));
+    let backend = json!({"scheme": "http", "host": registry.host(), "repo": "r", "timeout": 60});
+    let launch = program.launch(&tree.bootstrap, &tree.blobs, dir)?.backend("registry", backend);
+    let _ = fs::remove_dir_all(&launch.work_dir);
+    let mut served = Served::of(program, launch.spawn()?)?;
+    let large = tree.large();
+    let warm = served.open(tree, large[0])?;
+    let cold = large[1..].iter().map(|file| served.open(tree, *file));
+    let cold: Vec<Opened> = cold.collect::<Result<_>>()?;
+    let fuse = &mut served.queues[0];
+    // 1 MiB of the first file is warm from here on.
+    let warm = Opened { size: 1 << 20, ..warm };
+    for block in 0..(1 << 20) / BLOCK {
+        fuse.read(warm.node, warm.fh, (block * BLOCK) as u64, BLOCK)?;
+    }
+    let load = |waits| Warm {
+        file: warm,
+        places: Anywhere::new([warm.size].into_iter(), 4096, 5, Instant::now() + TIME),
+        reading: false,
+        sent: Instant::now(),
+        waits,
+    };
+    let (mut alone, mut stream, mut hanging) = (Vec::new(), Vec::new(), Vec::new());
+    drive(fuse, 1, &mut load(&mut alone))?;
+    let (near, far) = cold.split_at(cold.len() / 2);
+    let places = InOrder::new(near.iter().map(|file| file.size), BLOCK, None);
+    let reads = Reads::new(near, Until(places, Instant::now() + TIME), BLOCK);
+    drive(fuse, 2, &mut Beside(load(&mut stream), reads))?;
+    registry.set(Fault::Hang);
+    for file in far.iter().take(32) {
+        fuse.submit_read(file.node, file.fh, 0, 4096).context("a full ring")?;
+    }
+    fuse.flush();
+    // Gives the daemon time to reach the registry; whether it answers anything after that is the question.
+    std::thread::sleep(Duration::from_millis(200));
+    let ticket = fuse.submit_getattr(warm.node).context("a full ring")?;
+    fuse.flush();
+    if let Ok(reply) = fuse.wait(ticket, Duration::from_secs(2)) {
+        fuse.recycle(reply);
+        drive(fuse, 1, &mut load(&mut hanging))?;
+    }
+    registry.set(Fault::None);
+    let (alone, stream, hanging) = (shares(alone), shares(stream), shares(hanging));
+    Ok(Some(vec![
+        ("alone p50 µs", alone.0),
+        ("alone p99", alone.1),
+        ("beside a stream p50", stream.0),
+        ("beside a stream p99", stream.1),
+        ("beside hanging reads p50", hanging.0),
+        ("beside hanging reads p99", hanging.1),
+    ]))
+}
+
+/// The text of the section, and its rows.
+pub fn stall(runs: usize, tree: &Tree, scratch: &Path) -> Result<(String, Vec<Series>)> {
+    let dir = scratch.join("stall");
+    fs::create_dir(&dir)?;
+    let registry = FaultRegistry::start(&tree.blobs)?;
+    let contenders = PROGRAMS.map(|program| {
+        let (dir, registry) = (&dir, &registry);
+        Contender::new(program.name(), move || beside(program, tree, registry, dir))
+    });
+    let all = alternate(contenders.into_iter().collect(), runs)?;
+    let text = format!(
+        "### waiting beside others\n\nOne request at a time, READs of 4 KiB of a cached file and GETATTRs in turns, on one \
+         queue: alone; beside one cold stream of READs of 128 KiB over a registry with 20 ms and 50 MiB/s; beside 32 READs \
+         whose registry has stopped to answer. ∞: no answer within two seconds.\n\n{}\n",
+        by_measure("daemon", &all)
+    );
+    Ok((text, all))
 }

@@ -69,12 +69,17 @@ pub fn drive(fuse: &mut Fuse, depth: usize, load: &mut dyn Load) -> Result<Outco
         }
         let mut answer = Some(fuse.complete(Instant::now() + STUCK)?);
         while let Some(reply) = answer {
+            let task = tasks.iter().position(|ticket| *ticket == Some(reply.ticket));
+            let Some(task) = task else {
+                // To what somebody else has put into the ring.
+                fuse.recycle(reply);
+                answer = fuse.try_complete()?;
+                continue;
+            };
             if depth == 1 {
                 outcome.waits.push(sent.elapsed());
             }
             outcome.requests += 1;
-            let task = tasks.iter().position(|ticket| *ticket == Some(reply.ticket));
-            let task = task.context("an answer to no request")?;
             tasks[task] = load.next(fuse, task, Some(&reply))?;
             fuse.recycle(reply);
             if tasks[task].is_some() {

@@ -78,6 +78,9 @@ pub fn alternate(mut contenders: Vec<Contender<'_>>, runs: usize) -> Result<Vec<
 
 /// Three digits that count, with commas between thousands.
 pub fn show(value: f64) -> String {
+    if value.is_infinite() {
+        return "∞".into();
+    }
     let digits = match value.abs() {
         100.0.. => 0,
         10.0.. => 1,
@@ -96,7 +99,8 @@ pub fn show(value: f64) -> String {
     out + rest
 }
 
-fn table<T: Into<comfy_table::Row>>(header: T, rows: Vec<T>) -> String {
+/// A table whose cells are text already.
+pub fn by_rows(header: Vec<String>, rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(ASCII_MARKDOWN);
     table.set_header(header);
@@ -117,6 +121,7 @@ pub fn by_measure(first: &str, all: &[Series]) -> String {
     }
     let row = |series: &Series| {
         let cell = |column: &&str| match series.spread(column) {
+            Some(Spread { median, low, high }) if low == high => show(median),
             Some(Spread { median, low, high }) => {
                 format!("{} ({}–{})", show(median), show(low), show(high))
             }
@@ -126,7 +131,7 @@ pub fn by_measure(first: &str, all: &[Series]) -> String {
         std::iter::once(series.contender.clone()).chain(cells).collect()
     };
     let header = std::iter::once(first).chain(columns.iter().copied()).map(str::to_owned);
-    table::<Vec<String>>(header.collect(), all.iter().map(row).collect())
+    by_rows(header.collect(), all.iter().map(row).collect())
 }
 
 /// One workload with one set of parameters.
@@ -149,9 +154,13 @@ impl Case {
     }
 }
 
-/// Name of our daemon in tables, and how limits begin.
+/// Name of our daemon in tables, and how those of limits begin.
 pub const OURS: &str = "rafsd";
-pub const LIMIT: &str = "limit: ";
+const LIMIT: &str = "limit: ";
+pub const LIMIT_PREADV: &str = "limit: preadv";
+pub const LIMIT_COPY: &str = "limit: copy of mapped pages";
+pub const LIMIT_FILES: &str = "limit: open, pread, close";
+pub const LIMIT_ROUND_TRIP: &str = "limit: eventfd round trip";
 
 fn is_peer(contender: &str) -> bool {
     !contender.starts_with(OURS) && !contender.starts_with(LIMIT)
@@ -220,7 +229,7 @@ impl Family {
             header.push(format!("{OURS} ÷ best peer"));
             header.extend(self.cost.map(|_| "its cost".to_owned()));
         }
-        table(header, self.cases.iter().map(row).collect())
+        by_rows(header, self.cases.iter().map(row).collect())
     }
 
     /// The text of its section.

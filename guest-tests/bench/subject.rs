@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use super::guest::TAG;
 use super::load::{Load, Opened, Outcome, Places, Reads, SmallFiles, drive};
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::frontend::{Step, Vm, VmConfig};
@@ -36,15 +37,17 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// Debian with Python, and beside it Debian with Node: what `scripts/parts images` makes of packages.
+    /// Debian with Python, and in it Debian with Node and fio: what `scripts/parts` makes of packages.
     pub fn debian(dir: &Path) -> Result<Tree> {
-        let images = Parts::install(&["images"])?.path("images")?;
+        let parts = Parts::install(&["images", "fio"])?;
+        let images = parts.path("images")?;
         let root = dir.join("tree");
-        fs::create_dir_all(root.join("srv"))?;
+        fs::create_dir_all(&root)?;
         let copy =
             |from: &Path, to: &Path| run(Command::new("cp").arg("-aT").arg(from).arg(to)).map(drop);
         copy(&images.join("python/tree"), &root)?;
         copy(&images.join("node/tree"), &root.join("srv/node"))?;
+        copy(&parts.path("fio")?, &root.join("opt/fio"))?;
         let tree = Tree::of(root, dir, &[])?;
         let (names, mb) = (tree.names.len(), tree.bytes / 1_000_000);
         ensure!(names >= 20_000, "the tree has only {names} entries, {mb} MB");
@@ -102,18 +105,26 @@ impl Tree {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
     Rafsd,
+    /// rafsd that looks for the next request for a while before it sleeps.
+    Polling,
     Nydusd,
     /// With a pool of so many threads.
     Virtiofsd(usize),
 }
 
 impl Program {
-    pub const ALL: [Program; 4] =
-        [Program::Rafsd, Program::Nydusd, Program::Virtiofsd(0), Program::Virtiofsd(8)];
+    pub const ALL: [Program; 5] = [
+        Program::Rafsd,
+        Program::Polling,
+        Program::Nydusd,
+        Program::Virtiofsd(0),
+        Program::Virtiofsd(8),
+    ];
 
     pub fn name(self) -> String {
         match self {
             Program::Rafsd => "rafsd".into(),
+            Program::Polling => "rafsd, polling".into(),
             Program::Nydusd => "nydusd".into(),
             Program::Virtiofsd(pool) => format!("virtiofsd, pool {pool}"),
         }
@@ -125,6 +136,9 @@ impl Program {
         fs::create_dir_all(&dir)?;
         let mut launch = Launch::new(bootstrap, blobs, &dir).read_ahead();
         launch.log_level = std::env::var("RAFSD_BENCH_LOG").unwrap_or_else(|_| "warn".into());
+        if self == Program::Polling {
+            launch = launch.arg("--busy-poll").arg("50us");
+        }
         if self == Program::Nydusd {
             launch.program = Parts::install(&["nydus"])?.path("nydusd")?;
             // It wants a million otherwise, which only root of the whole machine may have.
@@ -136,12 +150,17 @@ impl Program {
     /// Starts it for a tree, with sockets and caches of its own below `dir`.
     pub fn start(self, tree: &Tree, dir: &Path) -> Result<Daemon> {
         let Program::Virtiofsd(pool) = self else {
-            return self.launch(&tree.bootstrap, &tree.blobs, dir)?.spawn();
+            let launch = self.launch(&tree.bootstrap, &tree.blobs, dir)?;
+            // User-mode Linux asks the device for the name of the share.
+            let launch =
+                if self != Program::Nydusd { launch.arg("--tag").arg(TAG) } else { launch };
+            return launch.spawn();
         };
         let program = Parts::install(&["virtiofsd"])?.path("virtiofsd")?;
         let sock = dir.join(format!("virtiofsd-{pool}.sock"));
         let mut command = Command::new(program);
         command.arg("--socket-path").arg(&sock).arg("--shared-dir").arg(&tree.root);
+        command.args(["--tag", TAG]);
         command.args(["--cache", "always", "--sandbox", "none", "--log-level", "error"]);
         command.arg("--thread-pool-size").arg(pool.to_string());
         // It keeps a descriptor for each name that the guest knows; file handles are its way out where this machine
@@ -156,7 +175,7 @@ impl Program {
 
     /// Request queues that it can serve.
     pub fn queues(self) -> usize {
-        if self == Program::Rafsd { 2 } else { 1 }
+        if matches!(self, Program::Rafsd | Program::Polling) { 2 } else { 1 }
     }
 
     /// A guest of a daemon that is this program: INIT is done.
@@ -182,7 +201,7 @@ pub fn descriptor_limits() -> (u64, u64) {
     (limits.current.unwrap_or(u64::MAX), limits.maximum.unwrap_or(u64::MAX))
 }
 
-/// A daemon with a guest that has read everything once.
+/// A daemon with a guest.
 pub struct Served {
     pub program: Program,
     pub daemon: Daemon,
@@ -195,26 +214,28 @@ pub struct Served {
 }
 
 impl Served {
+    /// A guest of a daemon that is this program; nothing was read yet.
+    pub fn of(program: Program, daemon: Daemon) -> Result<Served> {
+        let (vm, queues) = program.guest(&daemon)?;
+        let init = queues[0].init.context("INIT was answered")?;
+        // Linux: `max_pages` pages, 32 if the server names no number.
+        let pages = if init.max_pages == 0 { 32 } else { usize::from(init.max_pages) };
+        Ok(Served {
+            program,
+            daemon,
+            _vm: vm,
+            queues,
+            max_read: pages * 4096,
+            resolved: HashMap::new(),
+            opened: HashMap::new(),
+        })
+    }
+
     pub fn start(program: Program, tree: &Tree, dir: &Path) -> Result<Served> {
-        let start = || -> Result<Served> {
-            let daemon = program.start(tree, dir)?;
-            let (vm, queues) = program.guest(&daemon)?;
-            let init = queues[0].init.context("INIT was answered")?;
-            // Linux: `max_pages` pages, 32 if the server names no number.
-            let pages = if init.max_pages == 0 { 32 } else { usize::from(init.max_pages) };
-            let mut served = Served {
-                program,
-                daemon,
-                _vm: vm,
-                queues,
-                max_read: pages * 4096,
-                resolved: HashMap::new(),
-                opened: HashMap::new(),
-            };
-            served.warm_up(tree)?;
-            Ok(served)
-        };
-        start().with_context(|| program.name())
+        let daemon = program.start(tree, dir).with_context(|| program.name())?;
+        let mut served = Served::of(program, daemon).with_context(|| program.name())?;
+        served.warm_up(tree).with_context(|| program.name())?;
+        Ok(served)
     }
 
     /// Reads the files that workloads read, so that they are in caches, and compares the large ones with the tree.

@@ -7,7 +7,10 @@ use anyhow::Result;
 
 use super::limits::{Files, round_trips, small_files};
 use super::load::{Anywhere, InOrder, Opened, Outcome, SmallFiles, Stat, Walk};
-use super::report::{Case, Contender, Family, LIMIT, Measures, alternate};
+use super::report::{
+    Case, Contender, Family, LIMIT_COPY, LIMIT_FILES, LIMIT_PREADV, LIMIT_ROUND_TRIP, Measures,
+    alternate,
+};
 use super::subject::{Program, Served, Tree};
 use super::{Settings, say};
 
@@ -155,7 +158,11 @@ impl<'a> Warm<'a> {
         };
         let of_limits = sizes.clone();
         let run = |served: &mut Served, tree: &Tree| {
-            if served.queues.len() < queues || served.max_read < block {
+            let polls = block == 4 * KIB && depth <= 8;
+            if served.queues.len() < queues
+                || served.max_read < block
+                || (served.program == Program::Polling && !polls)
+            {
                 return Ok(None);
             }
             let files = Warm::large(served, tree)?;
@@ -260,10 +267,9 @@ impl<'a> Warm<'a> {
                 Ok(figures(outcome, "files/s", "CPU µs/file"))
             };
             cases.push(self.case(format!("depth {depth}"), run, |_, tree| {
-                let name = format!("{LIMIT}open, pread, close");
                 let files: Vec<usize> = tree.small().into_iter().step_by(step).collect();
                 let run = move || Ok(figures(small_files(tree, &files)?, "files/s", "CPU µs/file"));
-                vec![Contender::new(name, run)]
+                vec![Contender::new(LIMIT_FILES, run)]
             })?);
         }
         Ok(Family {
@@ -304,17 +310,17 @@ fn limits<'s, P: super::load::Places>(
     if queues == 1 {
         let files = std::rc::Rc::new(std::cell::RefCell::new(files));
         let (also, places_too) = (files.clone(), places.clone());
-        all.push(Contender::new(format!("{LIMIT}preadv"), move || {
+        all.push(Contender::new(LIMIT_PREADV, move || {
             let outcome = files.borrow_mut().preadv(places(), block, depth)?;
             Ok(figures(outcome, "requests/s", "CPU µs/request"))
         }));
-        all.push(Contender::new(format!("{LIMIT}copy of mapped pages"), move || {
+        all.push(Contender::new(LIMIT_COPY, move || {
             let outcome = also.borrow_mut().copy(places_too(), block, depth)?;
             Ok(figures(outcome, "requests/s", "CPU µs/request"))
         }));
     }
     if depth == 1 && !round_trip.is_zero() {
-        all.push(Contender::new(format!("{LIMIT}eventfd round trip"), move || {
+        all.push(Contender::new(LIMIT_ROUND_TRIP, move || {
             let (outcome, cpu) = round_trips(round_trip)?;
             let mut measures = figures((outcome, cpu), "requests/s", "CPU µs/request");
             measures.iter_mut().for_each(|measures| {

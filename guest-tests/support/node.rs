@@ -109,6 +109,13 @@ impl Node {
         wait_for("nydus-snapshotter", || self.daemons().ok()).map(drop)
     }
 
+    /// Edits the snapshotter's configuration: in effect when it starts again.
+    pub fn edit_config(&self, edit: impl FnOnce(&str) -> String) -> Result<()> {
+        let path = self.path("/etc/nydus/config.toml");
+        let text = fs::read_to_string(&path)?;
+        Ok(fs::write(&path, edit(&text))?)
+    }
+
     /// Starts what a unit of `kata-config/systemd` starts. Its PID on the node is in a file of the unit's name.
     pub fn start_unit(&self, unit: &str, instance: &str) -> Result<Child> {
         let path = repository().join("kata-config/systemd").join(unit);
@@ -136,8 +143,16 @@ impl Node {
 
     /// As systemd does, with SIGTERM to it alone.
     pub fn stop_snapshotter(&mut self) -> Result<()> {
+        self.end_snapshotter("-TERM")
+    }
+
+    pub fn kill_snapshotter(&mut self) -> Result<()> {
+        self.end_snapshotter("-KILL")
+    }
+
+    fn end_snapshotter(&mut self, signal: &str) -> Result<()> {
         let child = self.snapshotter.take().context("it runs")?;
-        self.stop_unit("nydus-snapshotter.service", child, "-TERM").map(drop)
+        self.stop_unit("nydus-snapshotter.service", child, signal).map(drop)
     }
 
     /// Runs a command on the node: its standard output.
@@ -255,6 +270,21 @@ impl Node {
         let table = fs::read_to_string(format!("/proc/{}/mounts", self.init))?;
         let fields = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
         Ok(fields.filter(|f| f[2] == "fuse.rafsd").map(|f| f[1].to_owned()).collect())
+    }
+
+    /// What the snapshotter measures, for Prometheus, at the address in its configuration.
+    pub fn metrics(&self, address: &str) -> Result<String> {
+        let url = format!("http://{address}/v1/metrics");
+        rustls::crypto::ring::default_provider().install_default().ok();
+        runtime()?.block_on(async { Ok(reqwest::get(url).await?.text().await?) })
+    }
+
+    /// The logs of all daemons that there are.
+    pub fn daemon_logs(&self) -> String {
+        let logs = self.path("/var/lib/containerd/io.containerd.snapshotter.v1.nydus/logs");
+        let logs = fs::read_dir(logs).into_iter().flatten().flatten();
+        let logs = logs.map(|entry| entry.path().join("nydusd.log"));
+        logs.filter_map(|path| fs::read_to_string(path).ok()).collect()
     }
 
     /// All logs, for a test that has failed.

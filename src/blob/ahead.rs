@@ -2,9 +2,11 @@
 //!
 //! Two guesses are made, both as work that gives way to demand. A reader that takes chunks in their
 //! order gets the next ones, more of them each time it uses what came; and around a chunk that had
-//! to be fetched its neighbours are, as far as the link carries them in the time of the answer. How
-//! much is risked depends on how much of it was used so far: readers that jump about in a large file
-//! soon cost nothing but what they read.
+//! to be fetched its neighbours are, the more the longer an answer takes ([`Link::width`]). How much is
+//! risked depends on how much of it was used so far: readers that jump about in a large file soon cost
+//! nothing but what they read.
+//!
+//! [`Link::width`]: super::link::Link::width
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -26,13 +28,17 @@ const MAX_QUEUE: usize = 256;
 /// Most bytes asked for ahead of one reader: so many products of latency and bandwidth.
 const MAX_WINDOW: u64 = 4;
 /// As long as one in so many bytes is used, guessing goes on at full width.
-const WORTHWHILE: u64 = 10;
+const WORTHWHILE: u64 = 3;
 /// Bytes that may be guessed wrong before the width shrinks.
 const CREDIT: u64 = 4 << 20;
 /// Bytes after which what was guessed before counts half.
 const MEMORY: u64 = 32 << 20;
 /// A reader that went from file to file in their order so often goes on.
 const FILES_IN_ORDER: u32 = 3;
+/// A file that is taken along has at most one in so many of the bytes that may be guessed at once,
+/// and at most so many.
+const FILE_SHARE: u64 = 3;
+const FILE_MOST: u64 = 128 << 10;
 /// A guess of fewer bytes is not worth a request.
 const LEAST: u64 = 4 << 10;
 
@@ -151,13 +157,14 @@ impl Ahead {
 }
 
 impl State {
-    /// A reader took `chunks`. What to ask for now: no more than it has read in order, or to begin
-    /// with, than the link carries in the time of an answer; at first inside the file.
+    /// A reader took `chunks`. What to ask for now: no more than twice what it has read in order, or,
+    /// to begin with, than `width`; at first inside the file. It is topped up early, so that a reader
+    /// as quick as the link never waits.
     fn follow<P: Places>(
         &mut self,
         chunks: &Range<u32>,
         product: u64,
-        amplify: u64,
+        width: u64,
         blob: &Neighbourhood<'_, P>,
     ) -> Option<Range<u32>> {
         let goes_on = |r: &Reader| (r.next..=r.asked.max(r.next)).contains(&chunks.start);
@@ -172,11 +179,11 @@ impl State {
         reader.next = chunks.end;
         reader.asked = reader.asked.max(chunks.end);
         let in_order = reader.files >= FILES_IN_ORDER;
-        let first = if in_order { 0 } else { self.trust.share(product.min(amplify)) };
-        let window = reader.read.max(first).min(MAX_WINDOW * product);
+        let first = if in_order { 0 } else { self.trust.share(width) };
+        let window = reader.read.saturating_mul(2).max(first).min(MAX_WINDOW * product);
         let ahead = blob.bytes(&(reader.next..reader.asked));
         let next = match window.checked_sub(ahead) {
-            Some(room) if ahead <= window / 2 && room >= LEAST => {
+            Some(room) if ahead <= window / 4 * 3 && room >= LEAST => {
                 blob.following(reader.asked, room, !in_order)
             }
             _ => reader.asked..reader.asked,
@@ -191,7 +198,7 @@ impl State {
 impl Blob {
     /// Somebody waits for `units`, in the order of their chunks, that are downloaded now.
     pub(super) fn missed(self: &Arc<Self>, units: &[Range<u32>]) {
-        let product = self.link.product();
+        let (product, width) = (self.link.product(), self.width());
         if product == 0 || self.amplify() == 0 || self.ahead.listed.load(Ordering::Relaxed) > 0 {
             return;
         }
@@ -201,8 +208,8 @@ impl Blob {
         let mut runs = Vec::new();
         let mut state = self.ahead.state();
         for chunks in near.join(units, 0, |_| false) {
-            runs.extend(state.follow(&chunks, product, self.amplify(), &near));
-            let budget = state.trust.share(product.min(self.amplify()));
+            runs.extend(state.follow(&chunks, product, width, &near));
+            let budget = state.trust.share(width);
             runs.extend(self.guess(&mut state, &near, &chunks, budget));
         }
         self.ask(state, runs);
@@ -219,7 +226,7 @@ impl Blob {
     /// The same for a reader that need not be quick.
     pub(super) fn hit(self: &Arc<Self>, chunk: u32) {
         let Some(table) = self.table.get() else { return };
-        let product = self.link.product();
+        let (product, width) = (self.link.product(), self.width());
         let near = self.neighbourhood(table);
         let members = Places::unit(near.places, chunk);
         let bytes = near.bytes(&members) / members.len().max(1) as u64;
@@ -227,7 +234,7 @@ impl Blob {
         add(&self.store.counters.read_ahead_used_bytes_total, bytes);
         let mut state = self.ahead.state();
         state.trust.used += bytes;
-        let runs = state.follow(&unit, product, self.amplify(), &near).into_iter().collect();
+        let runs = state.follow(&unit, product, width, &near).into_iter().collect();
         self.ask(state, runs);
     }
 
@@ -244,7 +251,7 @@ impl Blob {
         }
         let flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
         let missing = |i| !self.verified.get(i) && !flights.contains_key(&i);
-        let runs = near.around(chunks, budget, |i| {
+        let runs = near.around(chunks, budget, (budget / FILE_SHARE).min(FILE_MOST), |i| {
             missing(i) && !state.queue.iter().any(|run| run.contains(&i))
         });
         drop(flights);
@@ -280,6 +287,11 @@ impl Blob {
     /// `rafs.batch_size`).
     fn amplify(&self) -> u64 {
         self.amplify.load(Ordering::Relaxed)
+    }
+
+    /// Most bytes asked for early because of one chunk, as things are.
+    fn width(&self) -> u64 {
+        self.link.width().min(self.amplify())
     }
 
     pub(super) fn neighbourhood<'a>(&'a self, table: &'a Table) -> Neighbourhood<'a, ChunkInfos> {
@@ -325,13 +337,13 @@ mod tests {
     }
 
     #[test]
-    fn one_in_ten_is_enough() {
+    fn one_in_three_is_enough() {
         let mut trust = Trust::default();
         for _ in 0..1000 {
             let share = trust.share(MIB);
             assert_eq!(share, MIB);
             trust.guessed(share);
-            trust.used += share / 8;
+            trust.used += share / 2;
         }
     }
 
@@ -354,21 +366,24 @@ mod tests {
         files.iter().for_each(|&first| marks[first as usize] |= 0x80);
         let near = Neighbourhood { places: &Even, marks: &marks };
         let mut state = State::default();
-        reads.iter().map(|&i| state.follow(&(i..i + 1), 3 * 100 * 1024, 1 << 20, &near)).collect()
+        reads
+            .iter()
+            .map(|&i| state.follow(&(i..i + 1), 3 * 100 * 1024, 3 * 100 * 1024, &near))
+            .collect()
     }
 
     #[test]
     fn a_reader_in_a_file_gets_more_the_more_it_reads_and_not_beyond_its_end() {
         let asked = follow_all(&[0, 15, 16], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
         let want = [
-            Some(1..4), // what the link carries in the time of an answer
-            None,       // two of three are left
-            Some(4..6), // no more than was read lies ahead
-            Some(6..8),
-            None,
-            Some(8..12),
-            None,
+            Some(1..4), // what may be asked for at first
+            Some(4..6), // twice what was read lies ahead
+            Some(6..9),
+            Some(9..12),
             Some(12..15), // the end of the file
+            None,
+            None,
+            None,
             None,
             None,
         ];
@@ -380,7 +395,7 @@ mod tests {
         let each: Vec<u32> = (0..200).collect();
         let asked = follow_all(&each, &[50, 51, 52, 53, 54, 55]);
         assert_eq!(asked[..3], [None, None, None], "it might be chance");
-        assert_eq!(asked[3], Some(54..58), "as much as it has read");
+        assert_eq!(asked[3], Some(54..62), "twice as much as it has read");
         // Jumping about asks for nothing.
         let asked = follow_all(&each, &[50, 20, 90, 21, 3, 91, 22, 130]);
         assert!(asked.iter().all(Option::is_none), "{asked:?}");

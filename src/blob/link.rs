@@ -32,6 +32,9 @@ const FIRST_LISTED_BYTES: u64 = 2 << 20;
 const FIRST_LOW_BYTES: u64 = 1 << 20;
 /// A shorter latency is that of this host; nothing is gained by asking early.
 const NEAR: Duration = Duration::from_millis(1);
+/// From this latency on as much is asked for early as the link carries in its time; with half of it,
+/// half of that.
+const FAR: Duration = Duration::from_millis(5);
 /// For so many latencies after the last demand more demand is expected.
 const DEMAND_LINGERS: u32 = 2;
 
@@ -83,6 +86,12 @@ impl Link {
     /// for sources of this host: then there is nothing to be gained by asking early.
     pub fn product(&self) -> u64 {
         self.measured().product()
+    }
+
+    /// Bytes worth asking for early because somebody waits: what comes in the time of an answer, and
+    /// less from a source that is near, as a wait for it costs little. 0 as for [`Link::product`].
+    pub fn width(&self) -> u64 {
+        self.measured().width()
     }
 
     /// The first bytes of an answer came, `latency` after its request.
@@ -215,6 +224,13 @@ impl Measured {
             }
             _ => 0,
         }
+    }
+
+    fn width(&self) -> u64 {
+        let far = FAR.as_micros();
+        let latency = self.latency().unwrap_or_default().as_micros().min(far);
+        let width = u128::from(self.product()) * latency / far;
+        u64::try_from(width).unwrap_or(u64::MAX)
     }
 
     fn early_limits(&self, demand: bool) -> Limits {
@@ -377,6 +393,22 @@ mod tests {
         }
         stream(&mut measured, Instant::now(), 2 << 30, 100 * MS);
         assert_eq!(measured.product(), 0);
+    }
+
+    #[test]
+    fn the_nearer_a_source_the_less_is_guessed() {
+        // (latency in ms, bytes at 100 MiB/s)
+        let cases = [(1, 20_971), (2, 83_886), (5, MIB / 2), (10, MIB), (20, 2 * MIB)];
+        for (ms, want) in cases {
+            let mut measured = Measured::default();
+            measured.latencies.add(ms * 1000);
+            measured.bandwidths.add(100 * MIB);
+            assert_eq!(measured.width(), want, "{ms} ms");
+        }
+        let mut measured = Measured::default();
+        assert_eq!(measured.width(), 0, "not measured");
+        measured.latencies.add(900);
+        assert_eq!(measured.width(), 0, "this host");
     }
 
     #[test]

@@ -14,8 +14,6 @@ use crate::rafs::ci::ChunkInfos;
 use crate::rafs::id::ChunkIndex;
 use crate::rafs::{Bootstrap, FileKind};
 
-/// Most stored bytes of a file that is taken along.
-const SMALL: u64 = 128 << 10;
 /// How far away neighbours may be, in stored bytes.
 const REACH: u64 = 4 << 20;
 /// How far away files of another kind may be.
@@ -184,12 +182,13 @@ impl<P: Places> Neighbourhood<'_, P> {
         from..end
     }
 
-    /// Small files around `anchor` that are `missing`, as runs of chunks, the nearest first. Together
-    /// at most `budget` bytes, gaps not counted.
+    /// Small files around `anchor` that are `missing`, as runs of chunks, the nearest first: each of at
+    /// most `small` stored bytes, together at most `budget`, gaps not counted.
     pub fn around(
         &self,
         anchor: &Range<u32>,
         budget: u64,
+        small: u64,
         missing: impl Fn(u32) -> bool,
     ) -> Vec<Range<u32>> {
         let count = self.places.count();
@@ -234,7 +233,7 @@ impl<P: Places> Neighbourhood<'_, P> {
             }
             let size = self.bytes(&file);
             let alike = far <= NEXT_DOOR || self.mark(file.start) & !FIRST == kind;
-            if size > SMALL || !alike || !file.clone().all(&missing) {
+            if size > small || !alike || !file.clone().all(&missing) {
                 continue;
             }
             taken += size;
@@ -332,17 +331,23 @@ mod tests {
             ("pyc", &[1]),        // 13: out of reach
         ]);
         let known = Neighbourhood { places: &places, marks: &marks };
-        let all = known.around(&(5..6), 1000 * KIB, |_| true);
+        let all = known.around(&(5..6), 1000 * KIB, 128 * KIB, |_| true);
         assert_eq!(all, [6..7, 8..9, 10..12, 2..3, 0..1], "the nearest first");
         // What is nearest comes first if not all may be had.
-        assert_eq!(known.around(&(5..6), 145 * KIB, |_| true), [6..7, 8..9]);
-        assert_eq!(known.around(&(5..6), 0, |_| true), Vec::<Range<u32>>::new());
+        assert_eq!(known.around(&(5..6), 145 * KIB, 128 * KIB, |_| true), [6..7, 8..9]);
+        assert_eq!(known.around(&(5..6), 0, 128 * KIB, |_| true), Vec::<Range<u32>>::new());
         // What is there is left out.
-        assert_eq!(known.around(&(5..6), 1000 * KIB, |i| i != 8 && i != 11), [6..7, 2..3, 0..1]);
+        assert_eq!(
+            known.around(&(5..6), 1000 * KIB, 128 * KIB, |i| i != 8 && i != 11),
+            [6..7, 2..3, 0..1]
+        );
         // Without knowledge of files, whatever is small.
         let unknown = Neighbourhood { places: &places, marks: &[] };
-        assert_eq!(unknown.around(&(5..6), 10 * KIB, |_| true), Vec::<Range<u32>>::new());
-        assert_eq!(unknown.around(&(5..6), 1000 * KIB, |_| true), [6..9, 10..12, 0..3]);
+        assert_eq!(
+            unknown.around(&(5..6), 10 * KIB, 128 * KIB, |_| true),
+            Vec::<Range<u32>>::new()
+        );
+        assert_eq!(unknown.around(&(5..6), 1000 * KIB, 128 * KIB, |_| true), [6..9, 10..12, 0..3]);
     }
 
     #[test]

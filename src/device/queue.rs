@@ -281,6 +281,8 @@ impl<S: Serve> Worker<S> {
             if begin.elapsed() >= limit {
                 return false;
             }
+            // Whoever we have just called may have been woken on this very processor.
+            std::thread::yield_now();
         }
     }
 

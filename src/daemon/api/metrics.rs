@@ -250,18 +250,24 @@ fn mount(status: &Status, query: &Query<'_>) -> Result<(MountPath, Entry), ApiEr
     }
 }
 
-/// Mounts and images with the config that `id` names, or the only one.
+/// Mounts and images with the config that `id` names, or the only one. If no config has it, it may be a mountpoint:
+/// nydus-snapshotter calls an image that has a daemon to itself `/`, and gives another id to its config.
 pub(super) fn config(
     status: &Status,
     query: &Query<'_>,
 ) -> Result<(Vec<MountPath>, Vec<Arc<ImageParts>>), ApiError> {
     let id = query.get("id")?;
     let images = status.mounted().entries().into_iter();
-    let images = images.filter_map(|(at, entry)| Some((at, entry.image?)));
-    let (mounts, images): (Vec<_>, Vec<_>) = match &id {
-        Some(id) => images.filter(|(_, image)| image.config_id == *id).unzip(),
-        None => images.unzip(),
-    };
+    let mut images: Vec<_> = images.filter_map(|(at, entry)| Some((at, entry.image?))).collect();
+    if let Some(id) = &id {
+        if images.iter().any(|(_, image)| image.config_id == *id) {
+            images.retain(|(_, image)| image.config_id == *id);
+        } else {
+            let named = MountPath::parse(id).ok();
+            images.retain(|(at, _)| Some(at) == named.as_ref());
+        }
+    }
+    let (mounts, images): (Vec<_>, Vec<_>) = images.into_iter().unzip();
     let one = match images.split_first() {
         Some((first, rest)) => rest.iter().all(|image| image.config_id == first.config_id),
         None => false,
