@@ -76,6 +76,7 @@ fn every_layout_of_memory_and_queues() {
                     hiprio_size: (at == 1).then_some(8),
                     indirect,
                     event_idx,
+                    window: None,
                 };
                 let context = format!("{config:?}, {what}, {shape:?}");
                 let mut vm = daemon.boot(config).unwrap_or_else(|e| panic!("{context}: {e:#}"));

@@ -7,7 +7,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -27,6 +27,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use super::fuse_client::Fuse;
 use super::memory::{GuestMemory, Layout, MIB, Region};
 use super::virtqueue::{Rings, Virtqueue};
+use super::window::{Takes, Window};
 use super::{to_u32, to_usize};
 
 /// How long a back end may take to answer a message.
@@ -208,6 +209,8 @@ pub struct VmConfig {
     pub hiprio_size: Option<u16>,
     pub indirect: bool,
     pub event_idx: bool,
+    /// What is done with a DAX window, if the back end has one; none: it is not asked for.
+    pub window: Option<Takes>,
 }
 
 impl Default for VmConfig {
@@ -220,6 +223,7 @@ impl Default for VmConfig {
             hiprio_size: None,
             indirect: true,
             event_idx: true,
+            window: None,
         }
     }
 }
@@ -250,6 +254,7 @@ pub struct Vm {
     /// The record of requests in flight, as the back end described it.
     inflight: Option<(VhostUserInflight, std::fs::File)>,
     need_reply: bool,
+    window: Option<Arc<Window>>,
     /// This is not the first back end of the guest.
     reborn: bool,
 }
@@ -301,6 +306,7 @@ impl Vm {
             backend_channel: None,
             inflight: None,
             need_reply: false,
+            window: None,
             reborn: false,
             config,
         })
@@ -403,7 +409,11 @@ impl Vm {
             Step::SetOwner => self.front.set_owner()?,
             Step::GetProtocolFeatures => {
                 let offered = self.front.get_protocol_features()?;
-                self.protocol = offered & self.config.vmm.wanted_protocol();
+                let mut wanted = self.config.vmm.wanted_protocol();
+                if self.config.window.is_some() {
+                    wanted |= P::SHMEM | P::BACKEND_REQ | P::BACKEND_SEND_FD | P::REPLY_ACK;
+                }
+                self.protocol = offered & wanted;
             }
             Step::SetProtocolFeatures => self.front.set_protocol_features(self.protocol)?,
             Step::GetQueueNum => {
@@ -421,7 +431,9 @@ impl Vm {
                 }
             }
             Step::SetBackendReqFd => {
-                if self.protocol.contains(P::BACKEND_REQ) {
+                if self.protocol.contains(P::SHMEM) {
+                    self.open_window()?;
+                } else if self.protocol.contains(P::BACKEND_REQ) {
                     let (ours, theirs) = UnixStream::pair()?;
                     self.front.set_backend_request_fd(&theirs)?;
                     self.backend_channel = Some(ours);
@@ -500,6 +512,31 @@ impl Vm {
             self.front.set_inflight_fd(buffer, file.as_raw_fd())?;
         }
         Ok(())
+    }
+
+    /// GET_SHMEM_CONFIG, and the channel over which the window is filled.
+    fn open_window(&mut self) -> Result<()> {
+        self.send_raw(FrontendReq::GET_SHMEM_CONFIG.into(), 0x1, &[], &[])?;
+        let (_, _, body) = self.recv_raw()?;
+        let word = |at: usize, len: usize| {
+            body[at..at + len].iter().rev().fold(0, |sum: u64, &byte| sum << 8 | u64::from(byte))
+        };
+        let (regions, size) = (word(0, 4), word(8, 8));
+        if regions != 1 || !size.is_power_of_two() {
+            bail!("{regions} regions of shared memory, the first of {size} bytes");
+        }
+        let takes = self.config.window.context("SHMEM was asked for")?;
+        let (window, theirs) = Window::open(size, takes)?;
+        // SAFETY: `Window::open` has made it for us.
+        let theirs = unsafe { std::os::fd::OwnedFd::from_raw_fd(theirs) };
+        self.front.set_backend_request_fd(&theirs)?;
+        self.window = Some(window);
+        Ok(())
+    }
+
+    /// The DAX window, if there is one.
+    pub fn window(&self) -> Option<&Arc<Window>> {
+        self.window.as_ref()
     }
 
     fn send_memory_table(&mut self) -> Result<()> {

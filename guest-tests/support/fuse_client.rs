@@ -501,6 +501,22 @@ impl Fuse {
         self.call(op::DESTROY, 0, &[], 0).map(drop)
     }
 
+    /// SETUPMAPPING as Linux sends it, for reading: of 2 MiB of the file.
+    pub fn map(&mut self, node: u64, foffset: u64, moffset: u64) -> FuseResult<()> {
+        self.call(op::SETUPMAPPING, node, &[&setup_mapping(foffset, 2 << 20, 2, moffset)], 0)
+            .map(drop)
+    }
+
+    /// REMOVEMAPPING of (offset in the window, length).
+    pub fn unmap(&mut self, ranges: &[(u64, u64)]) -> FuseResult<()> {
+        let count = to_u32(ranges.len()).to_ne_bytes();
+        let list: Vec<u8> = ranges
+            .iter()
+            .flat_map(|&(offset, len)| [offset.to_ne_bytes(), len.to_ne_bytes()].concat())
+            .collect();
+        self.call(op::REMOVEMAPPING, 1, &[&count, &list], 0).map(drop)
+    }
+
     pub fn lookup(&mut self, parent: u64, name: &[u8]) -> FuseResult<EntryOut> {
         self.call_fixed(op::LOOKUP, parent, &[name, b"\0"])
     }
@@ -708,6 +724,11 @@ impl Fuse {
 }
 
 /// Entries of a READDIR or READDIRPLUS answer, checked for what the kernel checks.
+/// The body of a SETUPMAPPING, without a handle.
+pub fn setup_mapping(foffset: u64, len: u64, flags: u64, moffset: u64) -> Vec<u8> {
+    [u64::MAX, foffset, len, flags, moffset].iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
 pub fn parse_dirents(mut bytes: &[u8], plus: bool) -> FuseResult<Vec<Dirent>> {
     let short = || FuseError::Protocol("directory answer ends inside an entry".into());
     let mut all = Vec::new();

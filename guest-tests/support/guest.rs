@@ -15,7 +15,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -68,6 +68,20 @@ pub struct Guest {
     kernel_args: Vec<String>,
     qemu_args: Vec<String>,
     time_limit: Duration,
+    /// The device that has a DAX window, in place of `vhost-user-fs-pci`.
+    with_window: bool,
+    reboots: bool,
+    watcher: Option<Watcher>,
+}
+
+/// Called with each line of the console, before the next is read.
+#[derive(Clone)]
+struct Watcher(Arc<dyn Fn(&str) + Send + Sync>);
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Watcher")
+    }
 }
 
 impl Guest {
@@ -88,7 +102,29 @@ impl Guest {
             kernel_args: Vec::new(),
             qemu_args: Vec::new(),
             time_limit: TIME_LIMIT,
+            with_window: false,
+            reboots: false,
+            watcher: None,
         }
+    }
+
+    /// With QEMU 11's generic vhost-user device, the one that has a DAX window; its id is `share`, and
+    /// it can be pulled out.
+    pub fn with_window(mut self) -> Guest {
+        self.with_window = true;
+        self
+    }
+
+    /// A reset starts the guest again; otherwise it ends it. QEMU only.
+    pub fn reboots(mut self) -> Guest {
+        self.reboots = true;
+        self
+    }
+
+    /// Shows each line of the console to `see` as it comes.
+    pub fn watch(mut self, see: impl Fn(&str) + Send + Sync + 'static) -> Guest {
+        self.watcher = Some(Watcher(Arc::new(see)));
+        self
     }
 
     /// What the guest does: the text of a script.
@@ -171,7 +207,7 @@ impl Guest {
         let mut vm = Vm(command.spawn().with_context(|| format!("starting {:?}", self.machine))?);
         // It holds the pipe's write ends, and the console must end with the VM.
         drop(command);
-        let console = follow(reader, start + self.time_limit);
+        let console = follow(reader, start + self.time_limit, self.watcher.as_ref());
         let status = match &console {
             Console { ended: true, .. } => vm.0.wait()?,
             Console { text, .. } => {
@@ -230,7 +266,8 @@ impl Guest {
         // vhost-user shares the guest's memory with the back end: it must be a file.
         command
             .args(["-machine", "q35,memory-backend=mem"])
-            .args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
+            .args(["-nodefaults", "-display", "none", "-serial", "stdio"])
+            .args((!self.reboots).then_some("-no-reboot"))
             .arg("-smp")
             .arg(self.cpus.to_string())
             .arg("-m")
@@ -239,11 +276,23 @@ impl Guest {
             .arg(format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib))
             .arg("-chardev")
             .arg(format!("socket,id=share,path={}", self.socket.display()))
+            .args(self.with_window.then_some("-device"))
+            .args(self.with_window.then_some("pcie-root-port,id=slot0"))
             .arg("-device")
-            .arg(format!(
-                "vhost-user-fs-pci,chardev=share,tag={},num-request-queues={},queue-size={}",
-                self.tag, self.request_queues, self.queue_size
-            ))
+            .arg(match self.with_window {
+                // 26 is the virtio device id of a file system; 44 bytes are its configuration space.
+                true => format!(
+                    "vhost-user-test-device-pci,id=share,virtio-id=26,num_vqs={},vq_size={},\
+                     config_size=44,chardev=share,bus=slot0",
+                    self.request_queues + 1,
+                    self.queue_size
+                ),
+                false => format!(
+                    "vhost-user-fs-pci,id=share,chardev=share,tag={},num-request-queues={},\
+                     queue-size={}",
+                    self.tag, self.request_queues, self.queue_size
+                ),
+            })
             .arg("-kernel")
             .arg(parts.path(kernel)?)
             .arg("-append")
@@ -327,7 +376,7 @@ struct Console {
 }
 
 /// Reads the console until the VM closes it or the deadline comes.
-fn follow(mut reader: PipeReader, deadline: Instant) -> Console {
+fn follow(mut reader: PipeReader, deadline: Instant, watcher: Option<&Watcher>) -> Console {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let mut buffer = [0; 4096];
@@ -337,12 +386,19 @@ fn follow(mut reader: PipeReader, deadline: Instant) -> Console {
             }
         }
     });
-    let mut bytes = Vec::new();
+    let mut bytes: Vec<u8> = Vec::new();
+    let mut shown = 0;
     let ended = loop {
         match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(more) => bytes.extend(more),
             Err(RecvTimeoutError::Disconnected) => break true,
             Err(RecvTimeoutError::Timeout) => break false,
+        }
+        let Some(Watcher(see)) = watcher else { continue };
+        while let Some(len) = bytes[shown..].iter().position(|&byte| byte == b'\n') {
+            let line = String::from_utf8_lossy(&bytes[shown..shown + len]);
+            see(line.trim_end_matches('\r'));
+            shown += len + 1;
         }
     };
     let text = String::from_utf8_lossy(&bytes).replace('\r', "");

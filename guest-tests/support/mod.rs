@@ -28,6 +28,7 @@ pub mod registry;
 pub mod rng;
 pub mod stage;
 pub mod virtqueue;
+pub mod window;
 
 /// A `u64` as an index; the tests run on 64-bit hosts only.
 pub fn to_usize(value: u64) -> usize {

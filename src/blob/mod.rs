@@ -38,4 +38,4 @@ pub use counters::Counters;
 pub use error::{ChunkError, ChunkFailure, StoreError};
 pub use gate::Class;
 pub use prefetch::{Prefetch, PrefetchConfig};
-pub use store::{Blob, ChunkData, ChunkRef, DigestSource, Store, StoreConfig};
+pub use store::{Blob, ChunkData, ChunkRef, DigestSource, Store, StoreConfig, reopen_read_only};

@@ -1,7 +1,9 @@
 //! The store of one daemon, and a blob as one image sees it.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -178,6 +180,7 @@ impl Store {
             loading: Mutex::default(),
             backend_down: AtomicBool::new(false),
             said_conflict: AtomicBool::new(false),
+            read_only: OnceLock::new(),
             can_peek: AtomicBool::new(true),
         }))
     }
@@ -250,6 +253,11 @@ impl Store {
     }
 }
 
+/// The same file, open for reading only.
+pub fn reopen_read_only(file: BorrowedFd<'_>) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
 /// What a reader wants of one chunk, as the inode describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkRef {
@@ -316,6 +324,7 @@ pub struct Blob {
     pub(super) loading: Mutex<Option<Arc<TableSlot>>>,
     pub(super) backend_down: AtomicBool,
     pub(super) said_conflict: AtomicBool,
+    read_only: OnceLock<Arc<File>>,
     /// The file system of the cache file can tell what is in the page cache, as far as is known.
     pub(super) can_peek: AtomicBool,
 }
@@ -347,6 +356,22 @@ impl Blob {
             Some(cache) => cache.data.as_fd(),
             None => self.store.no_file.as_fd(),
         }
+    }
+
+    /// The cache file, open for reading only: what a guest gets to see through it cannot be changed.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be opened a second time.
+    pub fn read_only_file(&self) -> io::Result<Arc<File>> {
+        if let Some(file) = self.read_only.get() {
+            return Ok(file.clone());
+        }
+        let file = Arc::new(reopen_read_only(self.cache_file())?);
+        if self.cache.get().is_none() {
+            return Ok(file); // not the cache file yet
+        }
+        Ok(self.read_only.get_or_init(|| file).clone())
     }
 
     /// Forgets that the chunk is verified, because reading the cache file failed or came back

@@ -43,6 +43,9 @@ pub struct Args {
     json: bool,
 }
 
+/// Bytes that a guest maps at a time: see `docs/dax.md`.
+const MAPPED_AT_ONCE: u64 = 2 << 20;
+
 /// What an image is made of.
 #[derive(Debug, Serialize)]
 struct ImageReport {
@@ -92,6 +95,10 @@ struct Counts {
     file_bytes: u64,
     /// Chunks of all files, those that files share counted for each.
     chunks: u64,
+    /// Ranges of 2 MiB, or less at the end, of all files: what a guest maps at a time.
+    ranges: u64,
+    /// Those of them that lie in one piece in the cache.
+    ranges_in_one_piece: u64,
     /// Paths that could not be read.
     damaged: u64,
 }
@@ -293,6 +300,10 @@ fn count(image: &Bootstrap) -> Counts {
                 counts.files += 1;
                 counts.file_bytes = counts.file_bytes.saturating_add(inode.size());
                 counts.chunks += u64::from(inode.chunk_count());
+                for pieces in inode.pieces(MAPPED_AT_ONCE) {
+                    counts.ranges += 1;
+                    counts.ranges_in_one_piece += u64::from(pieces.is_ok_and(|pieces| pieces == 1));
+                }
             }
             FileKind::Directory => counts.directories += 1,
             FileKind::Symlink => counts.symlinks += 1,
@@ -393,6 +404,12 @@ fn print_facts(facts: &[(&str, String)], out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
+/// How many of a file's ranges a guest's VMM can map at once.
+fn share(ranges: u64, in_one_piece: u64) -> String {
+    let percent = in_one_piece.saturating_mul(100).checked_div(ranges).unwrap_or(100);
+    format!("{ranges}, {in_one_piece} in one piece ({percent} %)")
+}
+
 fn print_image(report: &ImageReport, out: &mut impl Write) -> Result<()> {
     let counts = &report.counts;
     let packed = if report.packed_blob { ", in a packed blob" } else { "" };
@@ -420,6 +437,7 @@ fn print_image(report: &ImageReport, out: &mut impl Write) -> Result<()> {
                     counts.files, counts.file_bytes, counts.chunks
                 ),
             ),
+            ("ranges of 2 MiB", share(counts.ranges, counts.ranges_in_one_piece)),
             ("directories", counts.directories.to_string()),
             ("symlinks", counts.symlinks.to_string()),
             ("devices", counts.devices.to_string()),

@@ -94,6 +94,20 @@ fn device_rows() -> [Row<device::Counters>; 5] {
     ]
 }
 
+/// What is done with DAX windows.
+fn dax_rows() -> [Row<fuse::DaxCounters>; 4] {
+    [
+        ("dax_filled_ranges", "Ranges of DAX windows that were filled", None, |c| &c.ranges_total),
+        ("dax_failed_ranges", "Ranges of DAX windows that could not be filled", None, |c| {
+            &c.failed_total
+        }),
+        ("dax_maps", "Mappings of cache files in DAX windows", None, |c| &c.maps_total),
+        ("dax_copied", "Bytes copied for one guest's DAX window", Some(Unit::Bytes), |c| {
+            &c.copied_bytes_total
+        }),
+    ]
+}
+
 /// What guests and VMMs do wrong, by kind.
 fn ring_errors(c: &device::Counters) -> [(&'static str, &AtomicU64); 6] {
     [
@@ -150,6 +164,8 @@ struct Snapshot {
     cache: CacheTotals,
     sources: BTreeMap<String, SourceTotals>,
     device: Vec<(&'static str, &'static str, u64)>,
+    dax: [u64; 4],
+    dax_ranges: u64,
     ring_errors: Vec<(&'static str, u64)>,
     parked: u64,
 }
@@ -168,6 +184,8 @@ impl Snapshot {
                 let rows = device_rows().map(|(name, help, _, number)| (name, help, number));
                 rows.map(|(name, help, number)| (name, help, value(number(counters)))).to_vec()
             }),
+            dax: dax_rows().map(|(.., number)| value(number(mounted.table().dax_counters()))),
+            dax_ranges: value(&mounted.table().dax_counters().ranges),
             ring_errors: device.map_or_else(Vec::new, |counters| {
                 ring_errors(counters).map(|(kind, number)| (kind, value(number))).to_vec()
             }),
@@ -249,6 +267,10 @@ impl Collector for Snapshot {
         for (name, help, value) in &self.device {
             counter(e, (name, help, None), *value)?;
         }
+        for ((name, help, unit, _), value) in dax_rows().into_iter().zip(self.dax) {
+            counter(e, (name, help, unit), value)?;
+        }
+        gauge(e, ("dax_ranges", "Ranges of DAX windows that are in use"), self.dax_ranges)?;
         let row = ("ring_errors", "What guests and VMMs did wrong", None);
         counters(e, row, "kind", self.ring_errors.iter().copied())?;
 

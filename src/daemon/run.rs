@@ -245,10 +245,12 @@ fn start_device(
             u16::try_from(processors).map_or(MAX_QUEUES, |count| count.min(MAX_QUEUES))
         }),
         busy_poll: options.busy_poll,
+        window: options.dax.window,
     };
     let mounts = Arc::clone(status.mounted().table());
     let server = ServerOptions { writeback: options.writeback, ..ServerOptions::default() };
-    let device = Device::new(config, mounts, server, runtime.handle().clone())?;
+    let device =
+        Device::new(config, mounts, server, options.dax.options, runtime.handle().clone())?;
     status.set_device(device.counters());
     status.set_state(State::Ready);
     let serving = Arc::clone(context);

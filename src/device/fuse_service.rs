@@ -6,7 +6,9 @@ use tokio::runtime::Handle;
 use vm_memory::VolatileSlice;
 
 use super::{Device, DeviceConfig, DeviceError, Outcome, Serve, Wait};
-use crate::fuse::{self, Mounts, Pins, Reply, Request, RequestError, Server, ServerOptions};
+use crate::fuse::{
+    self, DaxOptions, Mounts, Pins, Reply, Request, RequestError, Server, ServerOptions,
+};
 
 impl Device<Server> {
     /// A device that shows `mounts`. Every VMM that connects gets a server, and so a session, of its
@@ -15,9 +17,17 @@ impl Device<Server> {
         config: DeviceConfig,
         mounts: Arc<Mounts>,
         options: ServerOptions,
+        dax: DaxOptions,
         runtime: Handle,
     ) -> Result<Device<Server>, DeviceError> {
-        Device::with_service(config, runtime, move || Server::new(Arc::clone(&mounts), options))
+        let counters = Arc::clone(mounts.dax_counters());
+        Device::with_service(config, runtime, move |window| {
+            let server = Server::new(Arc::clone(&mounts), options);
+            match window {
+                Some(window) => server.with_window(window, dax, Arc::clone(&counters)),
+                None => server,
+            }
+        })
     }
 }
 

@@ -5,8 +5,10 @@
 //! often the front end replaces the table meanwhile; a mapping goes away with its last holder.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use rustix::fs::{OFlags, fcntl_getfl};
 use vm_memory::guest_memory::FileOffset;
 use vm_memory::{
     GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
@@ -51,11 +53,22 @@ pub(super) enum MemoryError {
     Full(usize),
 }
 
+/// What a region is made of.
+#[derive(Clone, Debug)]
+enum Backing {
+    /// Mapped. No dirty bitmap.
+    Mapped(Arc<GuestRegionMmap<()>>),
+    /// A file that is open for reading only, such as a cache file in a DAX window, which the front
+    /// end shows to us as guest memory. It is read when it must be and never mapped: somebody may
+    /// shorten it, and touching what is gone would end this process.
+    ReadOnly(Arc<File>),
+}
+
 /// One generation of the guest's memory.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
-    /// In order of guest address. No dirty bitmap.
-    regions: Vec<(Placement, Arc<GuestRegionMmap<()>>)>,
+    /// In order of guest address.
+    regions: Vec<(Placement, Backing)>,
     /// 0 for the empty memory a connection starts with; every change counts one up.
     generation: u64,
 }
@@ -82,7 +95,7 @@ impl Memory {
         if self.regions.len() >= Self::MAX_REGIONS {
             return Err(MemoryError::Full(self.regions.len()));
         }
-        let region = Arc::new(map(placement, file)?);
+        let region = back(placement, file)?;
         let mut regions = self.regions.clone();
         let at = regions.partition_point(|(p, _)| p.guest_addr < placement.guest_addr);
         regions.insert(at, (placement, region));
@@ -105,10 +118,11 @@ impl Memory {
         Ok(Memory { regions, generation: self.generation + 1 })
     }
 
-    /// `len` bytes at `addr`, if they lie in one region.
+    /// `len` bytes at `addr`, if they lie in one region, which can be written to.
     pub(super) fn slice(&self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
         let behind = self.regions.partition_point(|(p, _)| p.guest_addr <= addr.0);
-        let (placement, region) = self.regions.get(behind.checked_sub(1)?)?;
+        let (placement, backing) = self.regions.get(behind.checked_sub(1)?)?;
+        let Backing::Mapped(region) = backing else { return None };
         region.get_slice(MemoryRegionAddress(addr.0 - placement.guest_addr), len).ok()
     }
 
@@ -142,10 +156,31 @@ impl Memory {
             return slice.copy_to(into);
         }
         let mut done = 0;
-        for piece in self.slices(addr, into.len()).map_while(|piece| piece) {
-            done += piece.copy_to(&mut into[done..]);
+        while done < into.len() {
+            let rest = &mut into[done..];
+            let Some(at) = addr.0.checked_add(done as u64) else { break };
+            let read = match self.longest(at, rest.len()) {
+                Some(piece) => piece.copy_to(rest),
+                None => self.read_file(at, rest),
+            };
+            if read == 0 {
+                break;
+            }
+            done += read;
         }
         done
+    }
+
+    /// As [`Self::read`] from a region that is not mapped; 0 if there is none.
+    #[cold]
+    fn read_file(&self, at: u64, into: &mut [u8]) -> usize {
+        let behind = self.regions.partition_point(|(p, _)| p.guest_addr <= at);
+        let found = behind.checked_sub(1).and_then(|index| self.regions.get(index));
+        let Some((placement, Backing::ReadOnly(file))) = found else { return 0 };
+        let within = at - placement.guest_addr;
+        let room = usize::try_from(placement.len.saturating_sub(within)).unwrap_or(usize::MAX);
+        let len = room.min(into.len());
+        file.read_at(&mut into[..len], placement.file_offset + within).unwrap_or(0)
     }
 
     /// At most `len` bytes at `at`, as far as its region goes.
@@ -172,8 +207,8 @@ impl Memory {
     }
 }
 
-/// Maps one region, shared with the front end.
-fn map(placement: Placement, file: File) -> Result<GuestRegionMmap<()>, MemoryError> {
+/// Gets at one region: maps it, shared with the front end, if it can be written to.
+fn back(placement: Placement, file: File) -> Result<Backing, MemoryError> {
     let Placement { guest_addr, len, user_addr, file_offset } = placement;
     let range = || MemoryError::Range(placement);
     if len == 0 || user_addr.checked_add(len).is_none() || guest_addr.checked_add(len).is_none() {
@@ -186,11 +221,16 @@ fn map(placement: Placement, file: File) -> Result<GuestRegionMmap<()>, MemoryEr
     if meta.is_file() && meta.len() < end {
         return Err(MemoryError::PastFile { placement, file_len: meta.len() });
     }
+    let flags =
+        fcntl_getfl(&file).map_err(|e| MemoryError::Stat { placement, source: e.into() })?;
+    if !flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+        return Ok(Backing::ReadOnly(Arc::new(file)));
+    }
     let mapping = MmapRegion::from_file(FileOffset::new(file, file_offset), size)
         .map_err(|source| MemoryError::Map { placement, source })?;
     let region = GuestRegionMmap::new(mapping, GuestAddress(guest_addr)).ok_or_else(range)?;
     debug_assert_eq!(region.len(), len);
-    Ok(region)
+    Ok(Backing::Mapped(Arc::new(region)))
 }
 
 #[cfg(test)]
@@ -227,6 +267,28 @@ mod tests {
         for (user, want) in cases {
             assert_eq!(memory.guest_addr(user), want.map(GuestAddress), "{user:x}");
         }
+    }
+
+    #[test]
+    fn what_is_open_for_reading_only_is_read_and_never_written() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        named.as_file().set_len(2 * PAGE).unwrap();
+        named.as_file().write_all_at(b"cached", PAGE - 3).unwrap();
+        let placement = Placement { file_offset: 0, ..at(PAGE, 2 * PAGE, 0x20000) };
+        let memory = Memory::default()
+            .with(at(0, PAGE, 0x10000), file(PAGE))
+            .unwrap()
+            .with(placement, File::open(named.path()).unwrap())
+            .unwrap();
+        assert!(memory.slice(GuestAddress(PAGE), 8).is_none(), "no answer goes there");
+        assert!(memory.slices(GuestAddress(PAGE - 4), 8).any(|piece| piece.is_none()));
+        let mut bytes = [1; 8];
+        assert_eq!(memory.read(GuestAddress(2 * PAGE - 4), &mut bytes), 8);
+        assert_eq!(&bytes, b"\0cached\0");
+        assert_eq!(memory.read(GuestAddress(PAGE - 4), &mut bytes), 8, "across the border");
+        assert_eq!(memory.read(GuestAddress(3 * PAGE - 4), &mut bytes), 4, "up to the end");
+        named.as_file().set_len(0).unwrap();
+        assert_eq!(memory.read(GuestAddress(PAGE), &mut bytes), 0, "it is gone");
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod parked;
 mod queue;
 mod ring;
 mod session;
+mod shmem;
 mod socket;
 mod split;
 mod state;
@@ -40,6 +41,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::runtime::Handle;
 use vm_memory::VolatileSlice;
+
+use crate::fuse::SharedMemory;
 
 pub use counters::Counters;
 pub use parked::{Parked, ParkedRequest};
@@ -130,6 +133,8 @@ pub struct DeviceConfig {
     pub tag: String,
     /// Most queues for ordinary requests beside the one for urgent ones: 1 to 64.
     pub request_queues: u16,
+    /// Size of the DAX window in bytes, a power of two; `None`: none is offered.
+    pub window: Option<u64>,
     /// How many of them whoever asks is told to use: 1 to `request_queues`.
     pub advised_queues: u16,
     /// How long a queue looks for the next request before it sleeps; zero: not at all.
@@ -170,11 +175,14 @@ pub enum DeviceError {
     Wait(#[source] io::Error),
 }
 
+/// Makes what serves a connection, which may have a DAX window.
+type MakeService<S> = dyn Fn(Option<Arc<dyn SharedMemory>>) -> S + Send + Sync;
+
 /// A virtio-fs device that VMMs can connect to.
 pub struct Device<S: Serve> {
     config: DeviceConfig,
     runtime: Handle,
-    service: Box<dyn Fn() -> S + Send + Sync>,
+    service: Box<MakeService<S>>,
     counters: Arc<Counters>,
 }
 
@@ -184,7 +192,7 @@ impl<S: Serve> Device<S> {
     pub fn with_service(
         config: DeviceConfig,
         runtime: Handle,
-        service: impl Fn() -> S + Send + Sync + 'static,
+        service: impl Fn(Option<Arc<dyn SharedMemory>>) -> S + Send + Sync + 'static,
     ) -> Result<Device<S>, DeviceError> {
         if !(1..=session::TAG_LEN).contains(&config.tag.len()) {
             return Err(DeviceError::Tag(config.tag));

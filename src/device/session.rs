@@ -29,9 +29,11 @@ use super::intake::{Arrival, Header, Intake};
 use super::memory::{Memory, MemoryError, Placement};
 use super::queue::{Kick, Shared};
 use super::ring::{Addresses, MAX_SIZE, Ring};
+use super::shmem::Shmem;
 use super::state::{State, Transfer};
 use super::stop::Stop;
 use super::{Device, DeviceConfig, Serve};
+use crate::fuse::SharedMemory;
 
 /// Room for the tag in the configuration space, in bytes.
 ///
@@ -50,9 +52,13 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// Protocol features we offer. `REPLY_ACK` is the `vhost` crate's work.
-fn protocol_features() -> VhostUserProtocolFeatures {
-    VhostUserProtocolFeatures::MQ
+/// Protocol features we offer, some only with a DAX window. `REPLY_ACK` is the `vhost` crate's work.
+fn protocol_features(window: bool) -> VhostUserProtocolFeatures {
+    let dax = match window {
+        true => VhostUserProtocolFeatures::SHMEM | VhostUserProtocolFeatures::BACKEND_SEND_FD,
+        false => VhostUserProtocolFeatures::empty(),
+    };
+    dax | VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
@@ -176,16 +182,19 @@ struct Session<S: Serve> {
     rings: Vec<Ring<S>>,
     features: u64,
     protocol_features: u64,
+    shmem: Option<Arc<Shmem>>,
     /// A state that is being saved or loaded.
     transfer: Option<Transfer>,
-    /// The channel for requests to the VMM. A VMM that has opened it complains when it is closed
-    /// early.
+    /// The channel for requests to the VMM, where there is no `shmem` for it. A VMM that has opened
+    /// it complains when it is closed early.
     _backend_channel: Option<Backend>,
 }
 
 impl<S: Serve> Session<S> {
     fn new(device: &Device<S>) -> io::Result<Session<S>> {
-        let service = Arc::new((device.service)());
+        let shmem = device.config.window.map(Shmem::new).map(Arc::new);
+        let memory = shmem.clone().map(|shmem| shmem as Arc<dyn SharedMemory>);
+        let service = Arc::new((device.service)(memory));
         let memory = Arc::new(ArcSwap::from_pointee(Memory::default()));
         let complaints = Arc::new(Complaints::default());
         let queues = device.config.request_queues + 1;
@@ -212,6 +221,7 @@ impl<S: Serve> Session<S> {
             memory,
             features: 0,
             protocol_features: 0,
+            shmem,
             transfer: None,
             _backend_channel: None,
         })
@@ -243,22 +253,38 @@ impl<S: Serve> Session<S> {
     fn with_ring(&mut self, index: u32, change: impl FnOnce(&mut Ring<S>)) -> Result<()> {
         let event_idx = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let ring = self.ring(index)?;
+        let worked = ring.is_working();
         change(ring);
         ring.start(event_idx);
+        if !worked && ring.is_working() {
+            self.set_started(true);
+        }
         Ok(())
+    }
+
+    /// Whether the VMM may be asked to map something.
+    fn set_started(&self, started: bool) {
+        if let Some(shmem) = &self.shmem {
+            shmem.set_started(started);
+        }
     }
 
     /// Makes a new memory table the current one.
     fn set_memory(&mut self, memory: Memory) {
         self.memory.store(Arc::new(memory));
         let event_idx = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let mut started = false;
         for ring in &mut self.rings {
             if ring.is_working() {
                 // It may have been without memory and asleep.
                 ring.shared().inbox().wake();
             } else {
                 ring.start(event_idx);
+                started |= ring.is_working();
             }
+        }
+        if started {
+            self.set_started(true);
         }
     }
 
@@ -293,6 +319,9 @@ impl<S: Serve> Session<S> {
 
     /// Ends all threads and lets go of everything.
     fn end(&mut self) {
+        if let Some(shmem) = &self.shmem {
+            shmem.end();
+        }
         for ring in &self.rings {
             ring.ask_to_halt();
         }
@@ -333,6 +362,7 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
     }
 
     fn reset_device(&mut self) -> Result<()> {
+        self.set_started(false);
         self.rings.iter_mut().for_each(Ring::reset);
         self.features = 0;
         Ok(())
@@ -355,20 +385,30 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
                 self.rings[index].set_enabled(true);
                 self.rings[index].start(event_idx);
             }
+            if self.rings.iter().any(Ring::is_working) {
+                self.set_started(true);
+            }
         }
         Ok(())
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(protocol_features())
+        Ok(protocol_features(self.shmem.is_some()))
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        let unknown = features & !protocol_features().bits();
+        let unknown = features & !protocol_features(self.shmem.is_some()).bits();
         if unknown != 0 {
             return Err(refused(format!("protocol features {unknown:#x} were not offered")));
         }
         self.protocol_features = features;
+        if let Some(shmem) = &self.shmem {
+            let needed = VhostUserProtocolFeatures::SHMEM
+                | VhostUserProtocolFeatures::BACKEND_REQ
+                | VhostUserProtocolFeatures::BACKEND_SEND_FD
+                | VhostUserProtocolFeatures::REPLY_ACK;
+            shmem.set_negotiated(features & needed.bits() == needed.bits());
+        }
         Ok(())
     }
 
@@ -437,6 +477,7 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
     /// Stops a ring. A ring that does not exist stands at 0: without an answer the front end would
     /// wait for ever.
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.set_started(false);
         let base = self.ring(index).map_or(0, Ring::stop);
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
@@ -463,6 +504,9 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if !enable {
+            self.set_started(false);
+        }
         self.with_ring(index, |ring| ring.set_enabled(enable))
     }
 
@@ -486,7 +530,10 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
     }
 
     fn set_backend_req_fd(&mut self, backend: Backend) {
-        self._backend_channel = Some(backend);
+        match &self.shmem {
+            Some(shmem) => shmem.set_channel(backend),
+            None => self._backend_channel = Some(backend),
+        }
     }
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
@@ -563,9 +610,12 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
         })
     }
 
-    /// No shared memory: drivers then read through the queues.
+    /// Region 0 is the DAX window. Without one drivers read through the queues.
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
-        Ok(VhostUserShMemConfig::default())
+        Ok(match &self.shmem {
+            Some(shmem) => VhostUserShMemConfig::new(1, &[shmem.size()]),
+            None => VhostUserShMemConfig::default(),
+        })
     }
 
     fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {

@@ -232,10 +232,11 @@ impl Daemon {
             request_queues,
             advised_queues: request_queues,
             busy_poll,
+            window: None,
         };
         let device = Device::with_service(config, runtime.handle().clone(), {
             let world = Arc::clone(&world);
-            move || {
+            move |_| {
                 world.services.fetch_add(1, Ordering::SeqCst);
                 Toy(Arc::clone(&world), AtomicU64::new(0))
             }

@@ -60,6 +60,8 @@ pub mod opcode {
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
+    pub const SETUPMAPPING: u32 = 48;
+    pub const REMOVEMAPPING: u32 = 49;
     pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
     pub const STATX: u32 = 52;
@@ -102,6 +104,8 @@ bitflags::bitflags! {
         /// The guest stops sending OPENDIR and RELEASEDIR when OPENDIR is answered by ENOSYS.
         const NO_OPENDIR_SUPPORT = 1 << 24;
         const EXPLICIT_INVAL_DATA = 1 << 25;
+        /// `InitOut::map_alignment` means something; only a guest with a DAX window offers it.
+        const MAP_ALIGNMENT = 1 << 26;
         /// A directory may be the root of another file system: [`super::abi::ATTR_SUBMOUNT`].
         const SUBMOUNTS = 1 << 27;
         /// The server clears set-id bits on writing, truncating and changing the owner.
@@ -110,6 +114,8 @@ bitflags::bitflags! {
         const SETXATTR_EXT = 1 << 29;
         /// `flags2` means something.
         const INIT_EXT = 1 << 30;
+        /// The window is used for files that are marked with [`super::abi::ATTR_DAX`].
+        const HAS_INODE_DAX = 1 << 33;
         /// Who makes a file in a directory of another group it belongs to says so.
         const CREATE_SUPP_GROUP = 1 << 34;
         /// The mount may be mapped into user namespaces; owners in headers are void then.
@@ -119,6 +125,10 @@ bitflags::bitflags! {
 
 /// `Attr::flags`: the directory is the root of another file system of the host.
 pub const ATTR_SUBMOUNT: u32 = 1;
+/// `Attr::flags`: the file should be read through the DAX window.
+pub const ATTR_DAX: u32 = 1 << 1;
+/// `SetupmappingIn::flags`: the mapping is to be written to.
+pub const SETUPMAPPING_WRITE: u64 = 1;
 /// `GetattrIn::getattr_flags`: `fh` is set.
 pub const GETATTR_FH: u32 = 1;
 /// `OpenIn::open_flags` and `CreateIn::open_flags`: clear set-id bits when truncating.
@@ -357,6 +367,30 @@ wire! {
         offset: u64,
     }
 
+    SetupmappingIn, 40 {
+        /// 2^64 - 1 where the guest has no handle: the node id says which file.
+        fh: u64,
+        /// Where in the file, in bytes.
+        foffset: u64,
+        /// Bytes; may reach past the end of the file.
+        len: u64,
+        flags: u64,
+        /// Where in the window, in bytes.
+        moffset: u64,
+    }
+
+    /// Followed by `count` [`RemovemappingOne`].
+    RemovemappingIn, 4 {
+        count: u32,
+    }
+
+    RemovemappingOne, 16 {
+        /// Where in the window, in bytes.
+        moffset: u64,
+        /// Bytes.
+        len: u64,
+    }
+
     /// Answer to STATFS; before 7.4 it ends after `namelen`.
     StatfsOut, 80 {
         /// Units of `frsize`.
@@ -431,6 +465,7 @@ wire! {
         time_gran: u32,
         /// Largest request in pages of 4 KiB.
         max_pages: u16,
+        /// Base-2 logarithm of what offsets of mappings are a multiple of.
         map_alignment: u16,
         /// High half of [`InitFlags`].
         flags2: u32,

@@ -287,7 +287,7 @@ fn values<const N: usize>(numbers: &[AtomicU64; N]) -> [u64; N] {
 
 /// What an opcode is called in metrics.
 pub fn opcode_name(number: usize) -> &'static str {
-    const NAMES: [(u32, &str); 43] = [
+    const NAMES: [(u32, &str); 45] = [
         (opcode::LOOKUP, "lookup"),
         (opcode::FORGET, "forget"),
         (opcode::GETATTR, "getattr"),
@@ -327,6 +327,8 @@ pub fn opcode_name(number: usize) -> &'static str {
         (opcode::RENAME2, "rename2"),
         (opcode::LSEEK, "lseek"),
         (opcode::COPY_FILE_RANGE, "copy_file_range"),
+        (opcode::SETUPMAPPING, "setupmapping"),
+        (opcode::REMOVEMAPPING, "removemapping"),
         (opcode::SYNCFS, "syncfs"),
         (opcode::TMPFILE, "tmpfile"),
         (opcode::STATX, "statx"),

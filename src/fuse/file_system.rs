@@ -12,6 +12,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::abi::{self, Attr};
+use super::dax::{Extent, Mapping};
 use super::file_stats::FileStats;
 use super::listing::Listing;
 use super::mounts::Naming;
@@ -124,6 +125,22 @@ pub(super) trait FileSystem: Send + Sync {
         _pins: &Pins,
     ) -> Result<(), FsError> {
         Err(FsError::Unknown)
+    }
+
+    /// The parts of cache files that hold `len` bytes from `offset` on, as far as the file goes.
+    fn extents(
+        &self,
+        _node: u64,
+        _offset: u64,
+        _len: u64,
+        _pins: &Pins,
+    ) -> Result<Vec<Extent>, FsError> {
+        Err(FsError::Unknown)
+    }
+
+    /// Whether a regular file should be read through a DAX window.
+    fn maps_well(&self, _node: u64, _mapping: Mapping) -> bool {
+        false
     }
 
     /// `whence` is `SEEK_DATA` or `SEEK_HOLE`.

@@ -9,6 +9,7 @@
 
 pub mod abi;
 mod counters;
+mod dax;
 mod file_stats;
 mod file_system;
 mod host;
@@ -19,6 +20,7 @@ mod mounts;
 mod passthrough;
 mod pseudo;
 mod rafs_fs;
+mod rafs_map;
 mod rafs_read;
 mod reply;
 mod request;
@@ -28,6 +30,10 @@ mod wait;
 mod zeros;
 
 pub use counters::{OPCODES, OpTotals, TIMES, Times, opcode_name, serve_queue};
+pub use dax::{
+    DaxCounters, DaxOptions, DaxPolicy, MAX_PRIVATE_WINDOW, MAX_SHARED_WINDOW, MIN_WINDOW,
+    MapError, SharedMemory,
+};
 pub use file_stats::{Access, FileNumbers, FileStats, FileStatsOptions, OPERATIONS};
 pub use host::{Ended, HostMount, HostSession, MountHostError, is_mounted};
 pub use mount_path::{MountPath, PathError};

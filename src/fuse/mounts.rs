@@ -19,6 +19,7 @@ use arc_swap::{ArcSwap, Guard};
 
 use super::abi::{self, Attr, EntryOut};
 use super::counters::{OpCounters, OpTimes, OpTotals, Times};
+use super::dax::{DaxCounters, MIN_FILE, Mapping};
 use super::file_stats::FileStats;
 use super::file_system::{Entry, FileSystem, FsError};
 use super::mount_path::MountPath;
@@ -82,6 +83,7 @@ pub struct Mounts {
     /// Makes a difference between file systems that cannot tell who they are.
     nameless: AtomicU64,
     times: OpTimes,
+    dax: Arc<DaxCounters>,
 }
 
 /// What the next change has to know of earlier ones.
@@ -123,6 +125,8 @@ pub(super) struct Place<'a> {
     pub(super) node: u64,
     /// Whether the root of `fs` is the root of the tree.
     at_root: bool,
+    /// How the guest who asks can map files.
+    pub(super) mapping: Mapping,
 }
 
 /// How the nodes of one file system are called by guests.
@@ -174,6 +178,7 @@ impl Mounts {
             promises: AtomicUsize::new(0),
             nameless: AtomicU64::new(0),
             times: OpTimes::new(),
+            dax: Arc::default(),
         })
     }
 
@@ -307,6 +312,11 @@ impl Mounts {
     /// How long requests took, by kind.
     pub fn request_times(&self) -> Vec<Times> {
         self.times.totals()
+    }
+
+    /// What was done with the DAX windows of all guests.
+    pub fn dax_counters(&self) -> &Arc<DaxCounters> {
+        &self.dax
     }
 
     pub(super) fn times(&self) -> &OpTimes {
@@ -459,13 +469,13 @@ fn pseudo_entry(node: u64, attr: Attr) -> EntryOut {
 
 impl Mounted {
     fn place(&self, node: u64, at_root: bool) -> Place<'_> {
-        Place { fs: &*self.fs, slot: self.slot, node, at_root }
+        Place { fs: &*self.fs, slot: self.slot, node, at_root, mapping: Mapping::None }
     }
 }
 
 impl Directories {
     fn place(&self, node: u64) -> Place<'_> {
-        Place { fs: self, slot: 0, node, at_root: true }
+        Place { fs: self, slot: 0, node, at_root: true, mapping: Mapping::None }
     }
 }
 
@@ -489,9 +499,20 @@ impl Place<'_> {
         u64::from(self.slot) << NODE_BITS | ino
     }
 
-    /// Attributes as a guest sees them.
-    pub(super) fn attr(&self, attr: Attr) -> Attr {
-        Attr { ino: self.ino(attr.ino), ..attr }
+    /// Attributes of `node` as a guest sees them.
+    pub(super) fn attr(&self, node: u64, attr: Attr) -> Attr {
+        let flags = match self.mapping != Mapping::None && self.is_for_window(node, &attr) {
+            true => attr.flags | abi::ATTR_DAX,
+            false => attr.flags,
+        };
+        Attr { ino: self.ino(attr.ino), flags, ..attr }
+    }
+
+    /// Whether the guest should read `node` through its DAX window.
+    fn is_for_window(&self, node: u64, attr: &Attr) -> bool {
+        attr.mode & libc::S_IFMT == libc::S_IFREG
+            && attr.size >= MIN_FILE
+            && self.fs.maps_well(node, self.mapping)
     }
 
     /// What a guest is told about a name in this file system; without an entry, that there is none.
@@ -501,7 +522,7 @@ impl Place<'_> {
             nodeid: entry.map_or(0, |entry| self.nodeid(entry.node)),
             entry_valid: valid,
             attr_valid: valid,
-            attr: entry.map(|entry| self.attr(entry.attr)).unwrap_or_default(),
+            attr: entry.map(|entry| self.attr(entry.node, entry.attr)).unwrap_or_default(),
             ..EntryOut::default()
         }
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::abi::{self, Attr, OpenFlags};
+use super::dax::{Extent, Mapping};
 use super::file_stats::{FileStats, FileStatsOptions};
 use super::file_system::{Entry, FileSystem, FsError};
 use super::known::Known;
@@ -268,6 +269,20 @@ impl FileSystem for RafsFs {
         pins: &Pins,
     ) -> Result<(), FsError> {
         self.read_file(&self.file(node)?, offset, into, pins)
+    }
+
+    fn extents(
+        &self,
+        node: u64,
+        offset: u64,
+        len: u64,
+        pins: &Pins,
+    ) -> Result<Vec<Extent>, FsError> {
+        self.file_extents(&self.file(node)?, offset, len, pins)
+    }
+
+    fn maps_well(&self, node: u64, mapping: Mapping) -> bool {
+        self.file(node).is_ok_and(|inode| RafsFs::maps_well(self, &inode, mapping))
     }
 
     fn lseek(&self, node: u64, offset: u64, whence: i32) -> Result<u64, FsError> {

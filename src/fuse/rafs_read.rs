@@ -26,11 +26,11 @@ const MAX_PAGED: u32 = 2;
 
 /// A chunk that a read touches.
 #[derive(Clone)]
-struct Wanted<'a> {
+pub(super) struct Wanted<'a> {
     /// Position in the file.
-    number: u32,
-    blob: &'a Arc<Blob>,
-    chunk: ChunkRef,
+    pub(super) number: u32,
+    pub(super) blob: &'a Arc<Blob>,
+    pub(super) chunk: ChunkRef,
 }
 
 /// Bytes of a read that lie together.
@@ -150,7 +150,7 @@ impl RafsFs {
     }
 
     /// Chunk `number` of a file, which has so many.
-    fn wanted(&self, inode: &Inode<'_>, number: u64) -> Result<Wanted<'_>, FsError> {
+    pub(super) fn wanted(&self, inode: &Inode<'_>, number: u64) -> Result<Wanted<'_>, FsError> {
         let number = u32::try_from(number).map_err(|_| broken(inode, "too many chunks"))?;
         let addr = inode
             .chunk(number)
@@ -181,7 +181,12 @@ impl RafsFs {
     }
 
     /// What a read waits for that needs the chunks `missing`.
-    fn wait_for(&self, inode: &Inode<'_>, missing: &[Wanted<'_>], pins: &Pins) -> FsError {
+    pub(super) fn wait_for(
+        &self,
+        inode: &Inode<'_>,
+        missing: &[Wanted<'_>],
+        pins: &Pins,
+    ) -> FsError {
         let mut pins = pins.clone();
         pins.rounds += 1;
         if pins.rounds > MAX_ROUNDS {

@@ -121,6 +121,8 @@ pub(super) enum Operation<'a> {
     Listxattr {
         size: u32,
     },
+    Setupmapping(abi::SetupmappingIn),
+    Removemapping(RemoveList<'a>),
     /// Anything that would change the file system.
     Change,
     Unknown,
@@ -146,6 +148,19 @@ impl ForgetList<'_> {
                 }
             }
         }
+    }
+}
+
+/// Ranges of the DAX window that a guest gives back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RemoveList<'a>(&'a [u8]);
+
+impl RemoveList<'_> {
+    /// Offset in the window and length of each, in bytes.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        let each = self.0.chunks_exact(size_of::<abi::RemovemappingOne>());
+        each.filter_map(|one| abi::RemovemappingOne::read_from_bytes(one).ok())
+            .map(|one| (one.moffset, one.len))
     }
 }
 
@@ -233,6 +248,8 @@ impl Request {
             opcode::LISTXATTR => {
                 Operation::Listxattr { size: self.args::<abi::GetxattrIn>()?.0.size }
             }
+            opcode::SETUPMAPPING => Operation::Setupmapping(self.args::<abi::SetupmappingIn>()?.0),
+            opcode::REMOVEMAPPING => Operation::Removemapping(self.remove_list()?),
             opcode::SETATTR
             | opcode::SYMLINK
             | opcode::MKNOD
@@ -308,6 +325,16 @@ impl Request {
             .and_then(|len| list.get(..len))
             .map(ForgetList::Batch)
             .ok_or_else(|| self.bad("fewer nodes to forget than claimed"))
+    }
+
+    fn remove_list(&self) -> Result<RemoveList<'_>, RequestError> {
+        let (args, list) = self.args::<abi::RemovemappingIn>()?;
+        usize::try_from(args.count)
+            .ok()
+            .and_then(|count| count.checked_mul(size_of::<abi::RemovemappingOne>()))
+            .and_then(|len| list.get(..len))
+            .map(RemoveList)
+            .ok_or_else(|| self.bad("fewer ranges to unmap than claimed"))
     }
 
     /// The bytes before the first NUL, at most [`abi::NAME_MAX`] and at least one.

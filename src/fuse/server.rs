@@ -8,12 +8,13 @@ use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use super::abi::{self, Attr, EntryOut, opcode};
+use super::dax::{Dax, DaxCounters, DaxOptions, Mapping, SharedMemory};
 use super::file_system::{Call, FileSystem, FsError, chain};
 use super::listing::Listing;
 use super::mounts::{Mounts, Place, Tree};
 use super::reply::Reply;
 use super::request::{ForgetList, Operation, Request};
-use super::session::{ServerOptions, Session, Terms};
+use super::session::{ServerOptions, Session, Terms, has_window};
 use super::wait::{Pins, Wait};
 
 /// What became of a request.
@@ -34,12 +35,23 @@ pub struct Server {
     mounts: Arc<Mounts>,
     options: ServerOptions,
     session: Session,
+    dax: Option<Dax>,
 }
 
 impl Server {
     /// A server that waits for INIT.
     pub fn new(mounts: Arc<Mounts>, options: ServerOptions) -> Server {
-        Server { mounts, options, session: Session::default() }
+        Server { mounts, options, session: Session::default(), dax: None }
+    }
+
+    /// The same server for a guest that may have a DAX window in `memory`.
+    pub fn with_window(
+        self,
+        memory: Arc<dyn SharedMemory>,
+        options: DaxOptions,
+        counters: Arc<DaxCounters>,
+    ) -> Server {
+        Server { dax: Dax::new(memory, options, counters), ..self }
     }
 
     /// Goes on with the session of another process, without an INIT: `agreed` is what its server
@@ -47,9 +59,13 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// The guest was told that nothing changes, and what is mounted is something that does.
+    /// The guest was told that nothing changes, and what is mounted is something that does; or what
+    /// it has mapped is not known here.
     pub fn resume(&self, agreed: u64) -> Result<(), &'static str> {
         let terms = Terms::from_bits(agreed);
+        if terms.mapping() != Mapping::None {
+            return Err("the guest has a DAX window, which another process has filled");
+        }
         let promise = if terms.fixed() {
             let promise = self.mounts.promise();
             Some(promise.ok_or("the tree is no longer one that never changes")?.0)
@@ -63,6 +79,9 @@ impl Server {
     /// What keeps the guest with this process: a file system of which it knows what no other process
     /// would.
     pub fn ties(&self) -> Option<String> {
+        if self.session.terms().mapping() != Mapping::None {
+            return Some("the guest has a DAX window, which is filled by this process".to_owned());
+        }
         let tree = self.mounts.load();
         let tie = tree.file_systems().find(|fs| fs.remembers());
         tie.map(|fs| format!("{}: the guest knows files of a shared directory", fs.name()))
@@ -115,11 +134,21 @@ impl Server {
         match operation {
             Operation::Init(init) => {
                 tree.file_systems().for_each(FileSystem::end_session);
-                return Outcome::Reply(self.init(header.unique, &init, reply));
+                let dax = self.dax.as_ref().filter(|_| pins.mapping.is_none());
+                if let Some(wait) = dax.and_then(|dax| dax.begin(has_window(&init))) {
+                    return Outcome::Wait(wait);
+                }
+                let mapping = pins.mapping.unwrap_or_default();
+                return Outcome::Reply(self.init(header.unique, &init, mapping, reply));
             }
             Operation::Destroy => {
                 self.session.end();
                 tree.file_systems().for_each(FileSystem::end_session);
+                // A guest that is told that all is over may be switched off, and a VMM whose guest is
+                // must not be asked any more.
+                if let Some(wait) = self.dax.as_ref().and_then(Dax::finish) {
+                    return Outcome::Wait(wait);
+                }
                 return Outcome::Reply(reply.done(header.unique));
             }
             Operation::NotifyReply => return Outcome::NoReply,
@@ -155,8 +184,14 @@ impl Server {
         reply.error(unique, errno)
     }
 
-    fn init(&self, unique: u64, init: &abi::InitIn, reply: &mut Reply<'_>) -> u32 {
-        match self.session.start(init, &self.options, self.mounts.promise()) {
+    fn init(
+        &self,
+        unique: u64,
+        init: &abi::InitIn,
+        mapping: Mapping,
+        reply: &mut Reply<'_>,
+    ) -> u32 {
+        match self.session.start(init, &self.options, self.mounts.promise(), mapping) {
             Some((out, len)) => {
                 log::debug!(
                     "session with FUSE {}.{}, flags {:#x} {:#x}",
@@ -194,7 +229,8 @@ impl Server {
     ) -> Result<u32, FsError> {
         let header = &request.header;
         let unique = header.unique;
-        let place = tree.resolve(header.nodeid).ok_or(FsError::Stale)?;
+        let mut place = tree.resolve(header.nodeid).ok_or(FsError::Stale)?;
+        place.mapping = terms.mapping();
         let Place { fs, node, .. } = place;
         let call = Call { request, terms: *terms, naming: place.naming() };
         if let Some(answer) = fs.serve(&call, reply, pins) {
@@ -207,13 +243,13 @@ impl Server {
                 reply.bytes(unique, &out.as_bytes()[..len])
             }
             Operation::Getattr => {
-                let attr = place.attr(fs.attr(node)?);
+                let attr = place.attr(node, fs.attr(node)?);
                 let out = abi::AttrOut { attr_valid: fs.valid_secs(), attr, ..Default::default() };
                 let len = if terms.minor() < 9 { 96 } else { size_of::<abi::AttrOut>() };
                 reply.bytes(unique, &out.as_bytes()[..len])
             }
             Operation::Statx => {
-                let stat = statx(&place.attr(fs.attr(node)?));
+                let stat = statx(&place.attr(node, fs.attr(node)?));
                 let out = abi::StatxOut { attr_valid: fs.valid_secs(), stat, ..Default::default() };
                 reply.send(unique, &out)
             }
@@ -297,6 +333,28 @@ impl Server {
             | Operation::Releasedir
             | Operation::Fsyncdir
             | Operation::Syncfs => reply.done(unique),
+            Operation::Setupmapping(ref args) => {
+                let dax = self.dax.as_ref().ok_or(FsError::Unknown)?;
+                match &pins.answer {
+                    Some(answer) => answer.send(unique, reply),
+                    None => {
+                        let (moffset, foffset) = dax.check(args)?;
+                        let extents = fs.extents(node, foffset, args.len, pins);
+                        return Err(match extents {
+                            Ok(extents) => dax.set_up(moffset, extents, pins),
+                            Err(FsError::Wait(wait)) => FsError::Wait(wait.uninterrupted()),
+                            Err(e) => e,
+                        });
+                    }
+                }
+            }
+            Operation::Removemapping(list) => {
+                let dax = self.dax.as_ref().ok_or(FsError::Unknown)?;
+                match &pins.answer {
+                    Some(answer) => answer.send(unique, reply),
+                    None => return Err(dax.remove(list, pins)?),
+                }
+            }
             // The guest copies itself then, as an overlay does from an image to its upper layer.
             Operation::Change
                 if matches!(

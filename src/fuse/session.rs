@@ -7,12 +7,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::abi::{self, InitFlags};
+use super::dax::Mapping;
 use super::mounts::Promise;
 
 /// Largest read or write in pages of 4 KiB.
 const MAX_PAGES: u16 = 256;
 /// Read-ahead requests that a guest may have under way.
 const MAX_BACKGROUND: u16 = 1024;
+/// Offsets of mappings are multiples of 4096, as base-2 logarithm.
+const MAP_ALIGNMENT: u16 = 12;
 
 /// What a server may agree to.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +64,8 @@ impl Terms {
     const SUBMOUNTS: u64 = 1 << 4;
     const SETXATTR_EXT: u64 = 1 << 5;
     const WRITEBACK: u64 = 1 << 6;
+    const DAX_PRIVATE: u64 = 1 << 7;
+    const DAX_SHARED: u64 = 1 << 8;
     const MINOR_SHIFT: u32 = 32;
 
     /// An INIT has been answered, and no DESTROY since.
@@ -96,6 +101,17 @@ impl Terms {
     /// The guest keeps what it writes for a while.
     pub(super) fn writeback(self) -> bool {
         self.0 & Self::WRITEBACK != 0
+    }
+
+    /// How files are mapped that are marked for it.
+    pub(super) fn mapping(self) -> Mapping {
+        if self.0 & Self::DAX_PRIVATE != 0 {
+            Mapping::Private
+        } else if self.0 & Self::DAX_SHARED != 0 {
+            Mapping::Shared
+        } else {
+            Mapping::None
+        }
     }
 
     /// Version that both sides speak.
@@ -138,12 +154,13 @@ impl Session {
     ///
     /// `fixed` is there if the tree never changes as long as the promise is kept, and says whether
     /// a node has extended attributes. Otherwise anything may be mounted later, and what is agreed
-    /// has to be right for that, too.
+    /// has to be right for that, too. `mapping` is what the window of the guest is good for.
     pub(super) fn start(
         &self,
         init: &abi::InitIn,
         options: &ServerOptions,
         fixed: Option<(Promise, bool)>,
+        mapping: Mapping,
     ) -> Option<(abi::InitOut, usize)> {
         self.end();
         if init.major < abi::MAJOR {
@@ -155,10 +172,13 @@ impl Session {
             return Some((out, size_of::<abi::InitOut>()));
         }
         let minor = init.minor.min(abi::MINOR);
-        let offered =
-            InitFlags::from_bits_retain(u64::from(init.flags2) << 32 | u64::from(init.flags));
+        let offered = offered(init);
         let xattrs = fixed.as_ref().is_none_or(|(_, xattrs)| *xattrs);
-        let flags = offered & wanted(options, fixed.is_some(), xattrs);
+        let mut wanted = wanted(options, fixed.is_some(), xattrs);
+        if mapping != Mapping::None {
+            wanted |= InitFlags::MAP_ALIGNMENT | InitFlags::HAS_INODE_DAX;
+        }
+        let flags = offered & wanted;
         let (low, high) = halves(flags);
         let out = abi::InitOut {
             major: abi::MAJOR,
@@ -170,6 +190,10 @@ impl Session {
             max_write: u32::from(MAX_PAGES) * 4096,
             time_gran: 1,
             max_pages: if flags.contains(InitFlags::MAX_PAGES) { MAX_PAGES } else { 0 },
+            map_alignment: match flags.contains(InitFlags::MAP_ALIGNMENT) {
+                true => MAP_ALIGNMENT,
+                false => 0,
+            },
             flags2: high,
             ..Default::default()
         };
@@ -189,6 +213,13 @@ impl Session {
         if !xattrs {
             terms |= Terms::NO_XATTRS;
         }
+        if flags.contains(InitFlags::HAS_INODE_DAX) {
+            terms |= match mapping {
+                Mapping::None => 0,
+                Mapping::Private => Terms::DAX_PRIVATE,
+                Mapping::Shared => Terms::DAX_SHARED,
+            };
+        }
         for (flag, term) in [
             (InitFlags::SUBMOUNTS, Terms::SUBMOUNTS),
             (InitFlags::SETXATTR_EXT, Terms::SETXATTR_EXT),
@@ -202,6 +233,16 @@ impl Session {
         self.terms.store(terms, Ordering::Relaxed);
         Some((out, len))
     }
+}
+
+/// What a guest offers.
+fn offered(init: &abi::InitIn) -> InitFlags {
+    InitFlags::from_bits_retain(u64::from(init.flags2) << 32 | u64::from(init.flags))
+}
+
+/// Whether a guest has a DAX window, and may want to use it.
+pub(super) fn has_window(init: &abi::InitIn) -> bool {
+    offered(init).contains(InitFlags::MAP_ALIGNMENT)
 }
 
 /// Flags that we answer if they are offered.
@@ -285,7 +326,7 @@ mod tests {
             (99, 45, 64),
         ] {
             let (out, got) = Session::default()
-                .start(&init(minor), &ServerOptions::default(), fixed(true))
+                .start(&init(minor), &ServerOptions::default(), fixed(true), Mapping::None)
                 .unwrap();
             assert_eq!((out.minor, got), (want, len), "minor {minor}");
         }
@@ -295,28 +336,33 @@ mod tests {
     fn only_what_is_offered_is_answered() {
         let nothing = abi::InitIn { major: 7, minor: 31, ..Default::default() };
         let session = Session::default();
-        let (out, _) = session.start(&nothing, &ServerOptions::default(), fixed(true)).unwrap();
+        let (out, _) =
+            session.start(&nothing, &ServerOptions::default(), fixed(true), Mapping::None).unwrap();
         assert_eq!((out.flags, out.flags2, out.max_pages, out.max_readahead), (0, 0, 0, 0));
         assert!(!session.terms().no_open() && !session.terms().no_opendir());
 
-        let (out, _) = session.start(&init(45), &ServerOptions::default(), fixed(true)).unwrap();
+        let (out, _) = session
+            .start(&init(45), &ServerOptions::default(), fixed(true), Mapping::None)
+            .unwrap();
         // ASYNC_READ, EXPORT_SUPPORT, BIG_WRITES, DO_READDIRPLUS, ASYNC_DIO, PARALLEL_DIROPS,
         // POSIX_ACL, MAX_PAGES, CACHE_SYMLINKS, INIT_EXT; ALLOW_IDMAP
         assert_eq!((out.flags, out.flags2), (0x40D4_A031, 0x100));
         assert_eq!((out.max_pages, out.max_write, out.max_readahead), (256, 1 << 20, 131_072));
         assert!(session.terms().no_open() && session.terms().no_opendir());
 
-        let (out, _) = session.start(&init(45), &ServerOptions::default(), fixed(false)).unwrap();
+        let (out, _) = session
+            .start(&init(45), &ServerOptions::default(), fixed(false), Mapping::None)
+            .unwrap();
         assert_eq!(out.flags & 1 << 20, 0, "no ACLs to check without xattrs");
         let options = ServerOptions {
             zero_message_open: false,
             default_permissions: false,
             writeback: false,
         };
-        let (out, _) = session.start(&init(45), &options, fixed(true)).unwrap();
+        let (out, _) = session.start(&init(45), &options, fixed(true), Mapping::None).unwrap();
         assert_eq!(out.flags2, 0, "idmapped mounts need the kernel's permission checks");
         assert!(!session.terms().no_open() && !session.terms().no_opendir());
-        session.start(&init(45), &ServerOptions::default(), None).unwrap();
+        session.start(&init(45), &ServerOptions::default(), None, Mapping::None).unwrap();
         assert!(!session.terms().no_open(), "a tree that changes wants to see each open");
     }
 
@@ -324,22 +370,25 @@ mod tests {
     fn major_versions_are_negotiated() {
         let session = Session::default();
         let newer = abi::InitIn { major: 8, minor: 3, ..init(3) };
-        let (out, _) = session.start(&newer, &ServerOptions::default(), fixed(true)).unwrap();
+        let (out, _) =
+            session.start(&newer, &ServerOptions::default(), fixed(true), Mapping::None).unwrap();
         assert_eq!((out.major, out.minor, out.flags), (7, 45, 0));
         assert!(!session.terms().open(), "the guest asks again with our version");
         let older = abi::InitIn { major: 6, ..init(3) };
-        assert!(session.start(&older, &ServerOptions::default(), fixed(true)).is_none());
+        assert!(
+            session.start(&older, &ServerOptions::default(), fixed(true), Mapping::None).is_none()
+        );
     }
 
     #[test]
     fn a_session_ends_and_starts_afresh() {
         let session = Session::default();
         assert!(!session.terms().open());
-        session.start(&init(31), &ServerOptions::default(), fixed(true)).unwrap();
+        session.start(&init(31), &ServerOptions::default(), fixed(true), Mapping::None).unwrap();
         assert!(session.terms().open());
         assert_eq!(session.terms().minor(), 31);
         let bare = abi::InitIn { flags: 0, flags2: 0, ..init(27) };
-        session.start(&bare, &ServerOptions::default(), fixed(true)).unwrap();
+        session.start(&bare, &ServerOptions::default(), fixed(true), Mapping::None).unwrap();
         assert_eq!((session.terms().minor(), session.terms().no_open()), (27, false));
         session.end();
         assert!(!session.terms().open());
@@ -350,9 +399,13 @@ mod tests {
         let image = Bootstrap::open(path.as_ref()).unwrap();
         let mounts = Mounts::single(RafsFs::new(image, Vec::new(), RafsOptions::default()));
         let session = Session::default();
-        session.start(&init(45), &ServerOptions::default(), mounts.promise()).unwrap();
+        session
+            .start(&init(45), &ServerOptions::default(), mounts.promise(), Mapping::None)
+            .unwrap();
         assert_eq!(mounts.promised(), 1);
-        session.start(&init(45), &ServerOptions::default(), mounts.promise()).unwrap();
+        session
+            .start(&init(45), &ServerOptions::default(), mounts.promise(), Mapping::None)
+            .unwrap();
         assert_eq!(mounts.promised(), 1);
         session.end();
         assert_eq!(mounts.promised(), 0);

@@ -8,6 +8,8 @@ use std::time::Instant;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
+use super::dax::Mapping;
+use super::reply::Reply;
 use crate::blob::ChunkError;
 
 /// A request could not be answered yet.
@@ -29,6 +31,11 @@ impl Wait {
     /// was interrupted would be a lie.
     pub(super) fn uninterruptible(work: impl Future<Output = Pins> + Send + 'static) -> Wait {
         Wait { work: work.boxed(), interruptible: false }
+    }
+
+    /// The same wait, which does not end because the guest loses patience.
+    pub(super) fn uninterrupted(self) -> Wait {
+        Wait { interruptible: false, ..self }
     }
 
     /// Whether the request may be answered with EINTR instead, when the guest asks for that.
@@ -70,6 +77,8 @@ pub struct Pins {
     pub(super) late: bool,
     /// What became of chunks that are not in the cache now, sorted by their position in the file.
     chunks: Vec<(u32, Pinned)>,
+    /// How files are mapped, from an INIT or a DESTROY that has waited for the VMM.
+    pub(super) mapping: Option<Mapping>,
     /// The whole answer, where it was found by another thread.
     pub(super) answer: Option<Arc<Answer>>,
 }
@@ -81,6 +90,16 @@ pub(super) enum Answer {
     Body(Vec<u8>),
     /// Positive.
     Errno(i32),
+}
+
+impl Answer {
+    /// Sends it. Returns the bytes written.
+    pub(super) fn send(&self, unique: u64, reply: &mut Reply<'_>) -> u32 {
+        match self {
+            Answer::Body(bytes) => reply.bytes(unique, bytes),
+            Answer::Errno(errno) => reply.error(unique, *errno),
+        }
+    }
 }
 
 /// A chunk that a wait was for.
@@ -95,6 +114,11 @@ impl Pins {
     /// The whole answer.
     pub(super) fn answer(answer: Answer) -> Pins {
         Pins { answer: Some(Arc::new(answer)), ..Pins::default() }
+    }
+
+    /// How files are mapped.
+    pub(super) fn mapping(mapping: Mapping) -> Pins {
+        Pins { mapping: Some(mapping), ..Pins::default() }
     }
 
     /// Chunk `number` of the file that the request reads.

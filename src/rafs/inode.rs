@@ -439,6 +439,30 @@ impl<'a> Inode<'a> {
         Ok(addr)
     }
 
+    /// Of each `range` bytes (not 0) of a regular file, in order: in how many pieces they lie in the
+    /// uncompressed blobs. 1 where they can be mapped at once.
+    ///
+    /// # Errors
+    ///
+    /// An address of a chunk is damaged.
+    pub fn pieces(&self, range: u64) -> impl Iterator<Item = Result<u32>> {
+        let chunk_size = u64::from(self.image.sb.chunk_size);
+        let size = if self.chunk_count == 0 { 0 } else { self.size };
+        (0..size.div_ceil(range)).map(move |number| {
+            let (start, end) = (number * range, size.min((number + 1).saturating_mul(range)));
+            let (mut pieces, mut next) = (0, None);
+            for i in start / chunk_size..end.div_ceil(chunk_size) {
+                let addr = self.chunk(u32::try_from(i).unwrap_or(u32::MAX))?;
+                let (blob, offset) = (addr.blob(), u64::from(addr.start_block()) * BLOCK_SIZE);
+                if next != Some((blob, offset)) {
+                    pieces += 1;
+                }
+                next = Some((blob, offset + chunk_size));
+            }
+            Ok(pieces)
+        })
+    }
+
     /// The extended attributes, all checked.
     ///
     /// # Errors

@@ -23,6 +23,7 @@ paths               14 by the super block
 chunk table         9 records
 prefetch nids       none
 files               7 of 18111 bytes in 9 chunks
+ranges of 2 MiB     6, 6 in one piece (100 %)
 directories         3
 symlinks            1
 devices             1

@@ -5,6 +5,7 @@
 //! virtiofsd takes, too, so that either can be replaced by changing a path. `others` says what becomes
 //! of flags that have no meaning here. Nothing here touches the system.
 
+mod dax;
 mod others;
 
 use std::ffi::OsString;
@@ -17,7 +18,9 @@ use log::LevelFilter;
 
 use super::host::{FailoverPolicy, HostOptions};
 use super::version::VERSION;
-use crate::fuse::{Cache, MountPath};
+use crate::fuse::{Cache, DaxPolicy, MountPath};
+
+pub use dax::DaxFlags;
 
 /// What the program was asked to do.
 #[derive(Debug)]
@@ -84,6 +87,7 @@ pub struct Options {
     pub supervisor: Option<String>,
     /// 1 to 36 bytes.
     pub tag: String,
+    pub dax: DaxFlags,
     /// 1 to 64; none: as many as a VMM wants, and those that ask are told the number of processors.
     pub request_queues: Option<u16>,
     /// How long a queue looks for the next request before it sleeps; zero: not at all.
@@ -176,6 +180,31 @@ struct Cli {
     #[arg(long, global = true, value_name = "DURATION", help_heading = "Device",
           value_parser = busy_poll)]
     busy_poll: Option<Duration>,
+
+    /// What guests map of images in place of reading: off, shared or private
+    ///
+    /// Default: off. Needs a VMM with the vhost-user shared-memory messages: QEMU 11.1 with its generic
+    /// device, see docs/dax.md; elsewhere files are read. private: copies in memory of the guest's own.
+    /// shared: the cache files, read-only, so that all guests of a host share their pages, where the
+    /// VMM takes descriptors that are open for reading only.
+    #[arg(long, global = true, value_name = "POLICY", help_heading = "DAX",
+          value_parser = dax::policy)]
+    dax: Option<DaxPolicy>,
+
+    /// Size of the window in a guest's address space that files are mapped into
+    ///
+    /// Default: 512M. A power of two; 16M to 8G, with `--dax shared` at most 512M. Guests may take
+    /// that much memory of the host each with `private`.
+    #[arg(long, global = true, value_name = "SIZE", help_heading = "DAX",
+          value_parser = dax::size)]
+    dax_window: Option<u64>,
+
+    /// What to do in place of `--dax shared` if the VMM maps nothing read-only: read or private
+    ///
+    /// Default: read, as without a window.
+    #[arg(long, global = true, value_name = "WHAT", help_heading = "DAX",
+          value_parser = dax::fallback)]
+    dax_fallback: Option<DaxPolicy>,
 
     /// Image to serve: the bootstrap (metadata) of a RAFS v6 image
     ///
@@ -419,6 +448,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
     others::refuse_missing_features(&cli)?;
     let mount_options = others::mount_options(&cli)?;
+    let dax = dax::flags(&cli)?;
     let mut ignored = others::ignored(&cli);
     ignored.extend(mount_options.ignored);
     let required = |what: &str| usage_error(format!("{what}\n\n{}", Cli::command().render_usage()));
@@ -481,6 +511,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         id: cli.id,
         supervisor: cli.supervisor,
         tag,
+        dax,
         request_queues: cli.num_request_queues,
         busy_poll: cli.busy_poll.unwrap_or_default(),
         workers: if on_host { 0 } else { cli.thread_num.unwrap_or(0) },

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::{Cli, Command, UsageError, usage_error};
 use crate::daemon::host::FailoverPolicy;
-use crate::fuse::Cache;
+use crate::fuse::{Cache, DaxPolicy};
 
 const SUBMOUNTS: &str =
     "mounts below a shared directory are always announced to guests that can tell";
@@ -131,6 +131,8 @@ pub(super) fn ignored(cli: &Cli) -> Vec<(String, &'static str)> {
     let nothing_shared = cli.shared_dir.is_none() && no_bootstrap;
     const NO_IMAGE: &str = "there is no --bootstrap that it is about";
     const VIRTIOFS_ONLY: &str = "a mount on the host has none";
+    const NO_WINDOW: &str = "there is no --dax that it is about";
+    let no_window = matches!(cli.dax, None | Some(DaxPolicy::Off));
     const FUSE_ONLY: &str = "only a mount on the host has it";
     let host = on_host(cli);
     let flags = [
@@ -138,6 +140,15 @@ pub(super) fn ignored(cli: &Cli) -> Vec<(String, &'static str)> {
         ("--tag", host && cli.tag.is_some(), VIRTIOFS_ONLY),
         ("--busy-poll", host && cli.busy_poll.is_some(), VIRTIOFS_ONLY),
         ("--num-request-queues", host && cli.num_request_queues.is_some(), VIRTIOFS_ONLY),
+        ("--dax", host && cli.dax.is_some(), VIRTIOFS_ONLY),
+        ("--dax-window", host && cli.dax_window.is_some(), VIRTIOFS_ONLY),
+        ("--dax-fallback", host && cli.dax_fallback.is_some(), VIRTIOFS_ONLY),
+        ("--dax-window", !host && no_window && cli.dax_window.is_some(), NO_WINDOW),
+        (
+            "--dax-fallback",
+            !host && cli.dax != Some(DaxPolicy::Shared) && cli.dax_fallback.is_some(),
+            "only --dax shared may need one",
+        ),
         ("--mountpoint", !host && cli.mountpoint.is_some(), FUSE_ONLY),
         ("--failover-policy", !host && cli.failover_policy.is_some(), FUSE_ONLY),
         ("--upgrade", !host && cli.upgrade > 0, FUSE_ONLY),
