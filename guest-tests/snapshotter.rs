@@ -21,6 +21,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
+use base64::Engine;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -189,6 +190,44 @@ fn units_serve_an_image(node: &Node, digests: &BTreeMap<String, String>) {
     assert!(node.stop_unit(unit, child, "-TERM").unwrap().success());
 }
 
+/// What Kata is told of an image: bootstrap and config are in the mount as the snapshotter hands it to containerd, and
+/// a daemon for a virtual machine mounts what they say.
+#[test]
+fn kata_is_told_where_an_image_is() {
+    let registry = registry();
+    image(&registry, "one", &[("a", 1000)]);
+    let node = Node::start(Containerd::V2, "config-kata.toml", &registry).unwrap();
+    node.pull("one:rafs").unwrap();
+    let snapshots = ["snapshots", "--snapshotter", "nydus"];
+    let list = node.ctr(&[&snapshots[..], &["list"]].concat()).unwrap();
+    let rows: Vec<Vec<&str>> = list.lines().map(|row| row.split_whitespace().collect()).collect();
+    // KEY PARENT KIND; the first layer has no parent.
+    let parents: BTreeSet<&str> =
+        rows.iter().filter(|row| row.len() == 3).map(|row| row[1]).collect();
+    let top = rows[1..].iter().map(|row| row[0]).find(|key| !parents.contains(key)).unwrap();
+    let prepare = ["prepare", "--target", "/mnt", "of-a-sandbox", top];
+    let mount = node.ctr(&[&snapshots[..], &prepare].concat()).unwrap();
+    assert!(mount.contains("fuse.nydus-overlayfs"), "{mount}");
+    let (_, option) = mount.split_once("extraoption=").unwrap();
+    let end = option.find(|c: char| c == ',' || c.is_whitespace()).unwrap_or(option.len());
+    let option = base64::engine::general_purpose::STANDARD.decode(&option[..end]).unwrap();
+    let told: Value = serde_json::from_slice(&option).unwrap();
+    assert_eq!(told["fs_version"], "v6");
+
+    let child = node
+        .start_program(&["rafsd", "virtiofs", "--apisock", "/run/a", "--sock", "/run/s"])
+        .unwrap();
+    let socket = node.path("/run/a");
+    wait_for("the daemon", || UnixStream::connect(&socket).ok()).unwrap();
+    let body = json!({"fs_type": "rafs", "source": told["source"], "config": told["config"]});
+    let path = "/api/v1/mount?mountpoint=/rafs/c1/lowerdir";
+    node.ask("/run/a", "POST", path, Some(body)).unwrap();
+    let info: Value =
+        serde_json::from_str(&node.ask("/run/a", "GET", "/api/v1/daemon", None).unwrap()).unwrap();
+    assert_eq!(info["backend_collection"]["/rafs/c1/lowerdir"]["backend_type"], "Rafs", "{info}");
+    node.stop_unit("rafsd", child, "-TERM").unwrap();
+}
+
 /// All commands of nydusctl, with the program itself, beside one image and one shared directory.
 #[test]
 fn nydusctl_asks_a_daemon_everything() {
@@ -255,6 +294,16 @@ fn cached(node: &Node) -> BTreeSet<String> {
     names.filter(|name| name.ends_with(".layer.disk")).collect()
 }
 
+/// Has the snapshotter put a new program in the place of its daemons: once it has the state of the one that it has
+/// just started, and it refuses before.
+fn upgrade(node: &Node) {
+    let new = json!({ "nydusd_path": env!("CARGO_BIN_EXE_rafsd"), "version": "new", "policy": "" });
+    let ask = || node.system("PUT", "/api/v1/daemons/upgrade", Some(new.clone()));
+    let mut refused = String::new();
+    let done = wait_for("the upgrade", || ask().map_err(|e| refused = format!("{e:#}")).ok());
+    assert!(done.is_ok(), "{refused}");
+}
+
 /// Nothing is left of images that were removed.
 fn nothing_is_left(node: &Node) {
     wait_for("mounts are gone", || node.mounts().ok()?.is_empty().then_some(())).unwrap();
@@ -315,8 +364,7 @@ fn a_daemon_for_each_image() {
     reading.goes_on();
 
     // An update puts the new program in the old one's place.
-    let new = json!({ "nydusd_path": env!("CARGO_BIN_EXE_rafsd"), "version": "new", "policy": "" });
-    node.system("PUT", "/api/v1/daemons/upgrade", Some(new)).unwrap();
+    upgrade(&node);
     let pid = next_daemon(&node, pid);
     reading.goes_on();
 
@@ -374,8 +422,7 @@ fn one_daemon_for_all_images() {
     reading.goes_on();
     let output = node.run("two:rafs", &container("two"), "cd /data && sha256sum *").unwrap();
     assert_eq!(output, sums(&two), "both images were taken over");
-    let new = json!({ "nydusd_path": env!("CARGO_BIN_EXE_rafsd"), "version": "new", "policy": "" });
-    node.system("PUT", "/api/v1/daemons/upgrade", Some(new)).unwrap();
+    upgrade(&node);
     next_daemon(&node, pid);
     reading.goes_on();
     node.remove_image("two:rafs").unwrap();

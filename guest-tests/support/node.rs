@@ -134,6 +134,11 @@ impl Node {
         start_inside(self.init, self.dir.path(), unit, &line)
     }
 
+    /// Starts a program on the node, to end with it.
+    pub fn start_program(&self, line: &[&str]) -> Result<Child> {
+        start_inside(self.init, self.dir.path(), line[0], line)
+    }
+
     /// Sends a signal to what a unit has started, and waits for its end.
     pub fn stop_unit(&self, unit: &str, mut child: Child, signal: &str) -> Result<ExitStatus> {
         let pid = fs::read_to_string(self.dir.path().join(format!("{unit}.pid")))?;
@@ -245,7 +250,18 @@ impl Node {
 
     /// Asks the snapshotter's system controller.
     pub fn system(&self, method: &str, path: &str, body: Option<Value>) -> Result<String> {
-        let socket = self.path("/run/containerd-nydus/system.sock");
+        self.ask("/run/containerd-nydus/system.sock", method, path, body)
+    }
+
+    /// Asks who serves HTTP on a socket of the node.
+    pub fn ask(
+        &self,
+        socket: &str,
+        method: &str,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<String> {
+        let socket = self.path(socket);
         let client = client(&socket);
         runtime()?.block_on(async {
             let client = client.build()?;
@@ -265,11 +281,14 @@ impl Node {
         PathBuf::from(format!("/proc/{}/root{inside}", self.init))
     }
 
-    /// Mounts of rafsd on the node.
+    /// Mounts of rafsd on the node; those of the host were there before.
     pub fn mounts(&self) -> Result<Vec<String>> {
         let table = fs::read_to_string(format!("/proc/{}/mounts", self.init))?;
         let fields = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-        Ok(fields.filter(|f| f[2] == "fuse.rafsd").map(|f| f[1].to_owned()).collect())
+        Ok(fields
+            .filter(|f| f[2] == "fuse.rafsd" && f[1].starts_with("/var/lib/"))
+            .map(|f| f[1].to_owned())
+            .collect())
     }
 
     /// What the snapshotter measures, for Prometheus, at the address in its configuration.
@@ -298,10 +317,10 @@ impl Node {
         for path in own.chain(logs).filter(is_log) {
             let log = fs::read(&path).unwrap_or_default();
             let log = String::from_utf8_lossy(&log);
-            // What the snapshotter says each time a test asks about a daemon that is gone.
-            let polled = ["RSS memory", "file system metrics"];
+            // What is said each time a test asks.
+            let polled = ["RSS memory", "file system metrics", "no single instance"];
             let lines = log.lines().filter(|line| !polled.iter().any(|text| line.contains(text)));
-            let skip = lines.clone().count().saturating_sub(60);
+            let skip = lines.clone().count().saturating_sub(90);
             text += &format!("--- {} ---\n", path.display());
             for line in lines.skip(skip) {
                 text += line;

@@ -1,10 +1,11 @@
 //! What the daemon is doing, as the API tells it: state, mounts, and who asked it to stop.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Sender;
 use serde::Serialize;
+use tokio::sync::watch;
 
 use super::host::Host;
 use super::log::Events;
@@ -51,7 +52,7 @@ pub enum StopReason {
 pub struct Status {
     id: Option<String>,
     supervisor: Option<String>,
-    state: Mutex<State>,
+    state: watch::Sender<State>,
     mounted: Arc<Mounted>,
     events: Arc<Events>,
     device: OnceLock<Arc<device::Counters>>,
@@ -71,7 +72,7 @@ impl Status {
         Status {
             id,
             supervisor,
-            state: Mutex::new(State::Init),
+            state: watch::Sender::new(State::Init),
             mounted,
             events,
             device: OnceLock::new(),
@@ -115,15 +116,25 @@ impl Status {
     }
 
     pub fn state(&self) -> State {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.state.borrow()
     }
 
     /// Moves on. [`State::Stopped`] is final.
     pub fn set_state(&self, to: State) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if *state != State::Stopped {
-            *state = to;
-        }
+        self.state.send_if_modified(|state| {
+            let moves = *state != State::Stopped;
+            if moves {
+                *state = to;
+            }
+            moves
+        });
+    }
+
+    /// Waits until the start is over: [`State::Running`], or [`State::Stopped`].
+    pub async fn started(&self) -> State {
+        let mut states = self.state.subscribe();
+        let over = |state: &State| matches!(state, State::Running | State::Stopped);
+        states.wait_for(over).await.map_or(State::Stopped, |state| *state)
     }
 
     /// Asks the daemon to end; returns at once.
@@ -157,6 +168,23 @@ mod tests {
     fn mounted(runtime: &tokio::runtime::Runtime) -> Arc<Mounted> {
         let images = Images::new(runtime.handle().clone(), Duration::from_secs(1), 0);
         Arc::new(Mounted::new(images, Cache::default()))
+    }
+
+    #[test]
+    fn who_waits_for_the_start_is_told_how_it_went() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        for end in [State::Running, State::Stopped] {
+            let (stop, _) = crossbeam_channel::bounded(1);
+            let status = Status::new(None, None, mounted(&runtime), Arc::default(), stop);
+            let status = Arc::new(status);
+            let waiting = Arc::clone(&status);
+            let told = runtime.spawn(async move { waiting.started().await });
+            status.set_state(State::Ready);
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!told.is_finished());
+            status.set_state(end);
+            assert_eq!(runtime.block_on(told).unwrap(), end);
+        }
     }
 
     #[test]

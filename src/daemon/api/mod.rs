@@ -115,7 +115,7 @@ async fn route(api: &Arc<Api>, request: Request) -> Answer {
         ("/api/v1/daemon/start", &Method::PUT) => handover::start(&api.status, &body).await,
         ("/api/v1/mount", &Method::POST) => mount::mount(api, &query, &body).await,
         ("/api/v1/mount", &Method::PUT) => mount::remount(api, &query, &body).await,
-        ("/api/v1/mount", &Method::DELETE) => mount::unmount(status, &query, &body),
+        ("/api/v1/mount", &Method::DELETE) => mount::unmount(status, &query, &body).await,
         ("/api/v1/daemon/events", &Method::GET) => details::events(status, &body),
         ("/api/v1/daemon/backend", &Method::GET) => details::backend(status, &query, &body),
         ("/api/v1/daemon/fuse/sendfd", &Method::PUT) => handover::send_fd(&api.status, &body).await,

@@ -22,6 +22,9 @@ use crate::daemon::state::{State, Status};
 
 /// How long a client waits at most; Kata's clients wait for 30 s.
 const PATIENCE: Duration = Duration::from_secs(25);
+/// How long a request waits for the start to be over: nydus-snapshotter sends mounts to a daemon that it has started
+/// again as soon as the socket is there, and each but once.
+const START: Duration = Duration::from_secs(10);
 /// Images being opened at once.
 const OPENING: usize = 64;
 
@@ -47,7 +50,7 @@ struct MountCommand {
 }
 
 pub(super) async fn mount(api: &Arc<Api>, query: &Query<'_>, body: &Bytes) -> Answer {
-    let (at, what) = command(&api.status, query, body)?;
+    let (at, what) = command(&api.status, query, body).await?;
     if api.status.mounted().is_restored(&at, &what) {
         return Ok(no_content());
     }
@@ -58,26 +61,30 @@ pub(super) async fn mount(api: &Arc<Api>, query: &Query<'_>, body: &Bytes) -> An
 }
 
 pub(super) async fn remount(api: &Arc<Api>, query: &Query<'_>, body: &Bytes) -> Answer {
-    let (at, what) = command(&api.status, query, body)?;
+    let (at, what) = command(&api.status, query, body).await?;
     api.status.mounted().check_mounted(&at).map_err(refused)?;
     let prepared = open(api, at, what).await?;
     api.status.mounted().remount(prepared).map_err(refused)?;
     Ok(no_content())
 }
 
-pub(super) fn unmount(status: &Status, query: &Query<'_>, body: &Bytes) -> Answer {
+pub(super) async fn unmount(status: &Status, query: &Query<'_>, body: &Bytes) -> Answer {
     no_body(body)?;
     let at = query.required("mountpoint")?;
-    ready(status)?;
+    ready(status).await?;
     status.mounted().unmount(&at).map_err(refused)?;
     Ok(no_content())
 }
 
 /// Where, and what.
-fn command(status: &Status, query: &Query<'_>, body: &Bytes) -> Result<(String, What), ApiError> {
+async fn command(
+    status: &Status,
+    query: &Query<'_>,
+    body: &Bytes,
+) -> Result<(String, What), ApiError> {
     let at = query.required("mountpoint")?;
     let command: MountCommand = parse_body(body)?;
-    ready(status)?;
+    ready(status).await?;
     let what = match command.fs_type.as_str() {
         "rafs" => What::Image {
             bootstrap: PathBuf::from(command.source),
@@ -95,9 +102,9 @@ fn command(status: &Status, query: &Query<'_>, body: &Bytes) -> Result<(String, 
 }
 
 /// Before that, the image of the command line is not there.
-fn ready(status: &Status) -> Result<(), ApiError> {
-    match status.state() {
-        State::Running => Ok(()),
+async fn ready(status: &Status) -> Result<(), ApiError> {
+    match tokio::time::timeout(START, status.started()).await {
+        Ok(State::Running) => Ok(()),
         _ => Err(not_ready()),
     }
 }
