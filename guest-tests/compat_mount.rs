@@ -6,6 +6,7 @@ mod compat;
 mod daemon;
 mod support;
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -363,8 +364,20 @@ fn fifty_images_in_one_device_come_and_go_while_the_guest_reads_others() {
         rounds
     });
     // A hundred cycles; what is open in an image that goes ends with an error or the right bytes.
+    let shared = dir.path().join("shared");
+    fs::create_dir(&shared).unwrap();
+    fs::write(shared.join("file"), "of the host").unwrap();
+    let passthrough = json!({"fs_type": "passthrough_fs", "source": shared, "config": ""});
     let before = support::daemon::usage_of(daemon.child.id()).unwrap();
     for cycle in 0..100 {
+        // A shared directory comes and goes, too, with a file that the guest knows.
+        let at = format!("/shared/{}", cycle % 7);
+        kata.mount(&at, &passthrough).unwrap();
+        let node = fuse.resolve(format!("{at}/file").as_bytes()).unwrap();
+        let handle = fuse.open(node).unwrap();
+        assert_eq!(fuse.read(node, handle, 0, 100).unwrap(), b"of the host");
+        kata.umount(&at).unwrap();
+        assert_eq!(fuse.getattr(node).unwrap_err().errno(), Some(libc::ESTALE));
         let at = format!("/rafs/c{}/lowerdir", 2 + cycle % 48);
         let node = fuse.resolve(format!("{at}/f0005").as_bytes()).unwrap();
         let ticket = fuse.submit_read(node, 0, 64, 4096).unwrap();

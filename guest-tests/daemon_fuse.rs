@@ -477,15 +477,20 @@ impl Drop for Reader {
     }
 }
 
-fn image_line(dir: &Path, image: &Image, api: &str) -> String {
+/// Writes a config for blobs in `blobs` and a cache in `dir`.
+fn write_config(dir: &Path, blobs: &Path) {
     let config = serde_json::json!({
         "device": {
-            "backend": {"type": "localfs", "config": {"dir": image.blobs}},
+            "backend": {"type": "localfs", "config": {"dir": blobs}},
             "cache": {"type": "blobcache", "config": {"work_dir": dir}},
         },
         "mode": "direct",
     });
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}
+
+fn image_line(dir: &Path, image: &Image, api: &str) -> String {
+    write_config(dir, &image.blobs);
     format!(
         "fuse --id d1 --config config.json --bootstrap {} --mountpoint M --apisock {api} \
          --supervisor U --failover-policy resend",
@@ -620,4 +625,197 @@ fn a_shared_directory_on_the_host_is_written() {
     assert_eq!(names, [b"other".to_vec()]);
     daemon.signal(libc::SIGTERM);
     assert!(daemon.end().0.success());
+}
+
+/// Reads the first block of a file past the kernel's cache into `out`.
+fn direct_read(dir: &Path, file: usize, offset: u64, out: &str) -> Child {
+    let from = format!("if=M/{}", name(file));
+    let args = ["bs=4096", "count=1", "iflag=direct", "status=none"];
+    let (skip, to) = (format!("skip={}", offset / 4096), format!("of={out}"));
+    let mut dd = Command::new("dd");
+    dd.arg(from).arg(to).arg(skip).args(args).current_dir(dir);
+    dd.spawn().unwrap()
+}
+
+fn ends(child: &mut Child) -> bool {
+    child.try_wait().unwrap().is_some()
+}
+
+#[test]
+fn what_becomes_of_a_request_whose_daemon_died_is_the_policy_s() {
+    // Whether its reader gets the answer. Without a patch of its own the kernel can flush nothing:
+    // then it offers them again.
+    for (policy, answered) in [("resend", true), ("flush", true), ("none", false)] {
+        let dir = stage();
+        let image = Image::build(dir.path(), 4, 1 << 20, 64 << 10, "none").unwrap();
+        let backend = HangFs::mount(&image.blobs, &dir.path().join("backend")).unwrap();
+        let manager = Manager::listen(&dir.path().join("U"));
+        let line = image_line(dir.path(), &image, "A") + " --failover-policy " + policy;
+        write_config(dir.path(), backend.path());
+        let old = Daemon::start(dir.path(), rafsd(dir.path(), &line));
+        let kept = manager.save(&dir.path().join("A"));
+        backend.set(Mode::Hang);
+        let mut reader = direct_read(dir.path(), 1, 8192, "out");
+        backend.wait_hanging(1, SOON).unwrap();
+        old.signal(libc::SIGKILL);
+        backend.set(Mode::Pass);
+        old.end();
+
+        let mut new = rafsd(dir.path(), &line).spawn().unwrap();
+        let api = dir.path().join("A");
+        wait_until("INIT", || state(&api).as_deref() == Some("INIT"));
+        manager.give(&kept, &api);
+        assert_eq!(put(&api, "/api/v1/daemon/start").0, 204, "{policy}");
+        let mut other = direct_read(dir.path(), 2, 0, "other");
+        assert!(other.wait().unwrap().success(), "{policy}: what comes later is answered");
+        assert_eq!(fs::read(dir.path().join("other")).unwrap(), pattern(2, 0, 4096));
+        if answered {
+            assert!(reader.wait().unwrap().success(), "{policy}");
+            assert_eq!(fs::read(dir.path().join("out")).unwrap(), pattern(1, 8192, 4096));
+        } else {
+            std::thread::sleep(Duration::from_millis(500));
+            assert!(!ends(&mut reader), "{policy}: nobody knows of it");
+        }
+        new.kill().unwrap();
+        new.wait().unwrap();
+        // Only with the session does the kernel let go of a request that a daemon has taken.
+        drop(kept);
+        let _ = reader.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_signal_ends_it_with_many_readers_on_a_backend_that_hangs() {
+    let dir = stage();
+    let image = Image::build(dir.path(), 4, 1 << 20, 64 << 10, "none").unwrap();
+    let backend = HangFs::mount(&image.blobs, &dir.path().join("backend")).unwrap();
+    write_config(dir.path(), backend.path());
+    let line = format!(
+        "fuse --bootstrap {} --config config.json --mountpoint M --apisock A --thread-num 2 \
+         --read-timeout 100s",
+        image.bootstrap.display()
+    );
+    let daemon = Daemon::start(dir.path(), rafsd(dir.path(), &line));
+    backend.set(Mode::Hang);
+    let mut readers: Vec<Child> = (0..48)
+        .map(|i| direct_read(dir.path(), i % 4, i as u64 / 4 * (64 << 10), "/dev/null"))
+        .collect();
+    backend.wait_hanging(1, SOON).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!readers.iter_mut().any(ends), "all of them wait");
+    daemon.signal(libc::SIGTERM);
+    let (status, took, log) = daemon.end();
+    support::say(format!(
+        "SIGTERM to exit with {} readers on a hung backend: {took:?}",
+        readers.len()
+    ));
+    assert!(status.success(), "{log}");
+    // On an idle machine it takes milliseconds, and half a second at most.
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    for reader in &mut readers {
+        assert!(!reader.wait().unwrap().success(), "it is told that there is nothing more");
+    }
+    assert!(!is_mounted(&dir.path().join("M")), "{log}");
+    backend.set(Mode::Pass);
+}
+
+#[test]
+fn a_shared_directory_is_cached_as_the_mode_says() {
+    for mode in ["never", "metadata", "auto", "always"] {
+        let dir = stage();
+        let shared = dir.path().join("shared");
+        fs::create_dir(&shared).unwrap();
+        fs::write(shared.join("file"), "before").unwrap();
+        fs::write(shared.join("gone"), "").unwrap();
+        let line = format!("fuse --shared-dir shared --cache {mode} --mountpoint M --apisock A");
+        let _daemon = Daemon::start(dir.path(), rafsd(dir.path(), &line));
+        let (file, gone) = (dir.path().join("M/file"), dir.path().join("M/gone"));
+        assert_eq!(fs::read_to_string(&file).unwrap(), "before", "{mode}");
+        assert!(gone.exists());
+        fs::remove_file(shared.join("gone")).unwrap();
+        // Names are kept for a second, or for a day.
+        if mode != "never" {
+            std::thread::sleep(Duration::from_millis(1200));
+        }
+        assert_eq!(gone.exists(), mode == "always", "{mode}: a name that is no more");
+        // Data is kept as long as times and size are the same when they are next asked for.
+        fs::write(shared.join("file"), "after.").unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "after.", "{mode}");
+    }
+}
+
+#[test]
+fn writes_are_on_the_host_at_once_unless_they_may_be_late() {
+    for (flag, late) in [("", false), ("--writeback", true)] {
+        let dir = stage();
+        let shared = dir.path().join("shared");
+        fs::create_dir(&shared).unwrap();
+        let line = format!("fuse --shared-dir shared {flag} --mountpoint M --apisock A");
+        let _daemon = Daemon::start(dir.path(), rafsd(dir.path(), &line));
+        let mut file = fs::File::create(dir.path().join("M/file")).unwrap();
+        file.write_all(b"text").unwrap();
+        let on_host = || fs::read(shared.join("file")).unwrap();
+        assert_eq!(on_host() != b"text", late, "{flag}: after write");
+        file.sync_all().unwrap();
+        assert_eq!(on_host(), b"text", "{flag}: after fsync");
+        file.write_all(b" and more").unwrap();
+        drop(file);
+        assert_eq!(on_host(), b"text and more", "{flag}: after close");
+    }
+}
+
+/// What FUSE passthrough and FUSE over io_uring would make cheaper does not come here any more.
+#[test]
+fn what_was_read_once_is_read_again_without_the_daemon() {
+    let dir = stage();
+    let image = Image::build(dir.path(), 2, 1 << 20, 64 << 10, "zstd").unwrap();
+    let daemon = Daemon::start(dir.path(), rafsd(dir.path(), &image_line(dir.path(), &image, "A")));
+    let file = dir.path().join("M").join(name(1));
+    let requests = || {
+        let (_, body) = daemon.call("GET", "/api/v1/metrics?id=/", "");
+        let stats: serde_json::Value = serde_json::from_str(&body).unwrap();
+        let hits = stats["fop_hits"].as_array().unwrap();
+        hits.iter().map(|n| n.as_u64().unwrap()).sum::<u64>()
+    };
+    let want = pattern(1, 0, 1 << 20);
+    assert!(fs::read(&file).unwrap() == want);
+    let before = requests();
+    for _ in 0..10 {
+        assert!(fs::read(&file).unwrap() == want);
+    }
+    assert_eq!(requests(), before, "opens and reads of what is in the page cache");
+}
+
+/// Somebody who is not root mounts with the set-uid program `fusermount3`.
+#[test]
+fn a_user_without_rights_mounts_and_reads() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65_534;
+    // As udev has it wherever there is one.
+    fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).unwrap();
+    let dir = stage();
+    let image = Image::build(dir.path(), 2, 100_000, 64 << 10, "zstd").unwrap();
+    write_config(dir.path(), &image.blobs);
+    // Where that user may go.
+    let program = dir.path().join("program");
+    fs::copy(env!("CARGO_BIN_EXE_rafsd"), &program).unwrap();
+    let owner = format!("{NOBODY}:{NOBODY}");
+    let owned = Command::new("chown").args(["-R", &owner]).arg(dir.path()).status();
+    assert!(owned.unwrap().success());
+    let line = format!(
+        "fuse --bootstrap {} --config config.json --mountpoint M --apisock A",
+        image.bootstrap.display()
+    );
+    let mut command = Command::new(&program);
+    command.args(line.split_whitespace()).current_dir(dir.path()).uid(NOBODY).gid(NOBODY);
+    command.stdin(std::process::Stdio::null());
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let daemon = Daemon::start(dir.path(), command);
+    let at = dir.path().join("M");
+    let read = Command::new("cat").arg(at.join(name(1))).uid(NOBODY).gid(NOBODY).output().unwrap();
+    assert!(read.stdout == pattern(1, 0, 100_000), "{read:?}");
+    daemon.signal(libc::SIGTERM);
+    let (status, _, log) = daemon.end();
+    assert!(status.success() && !is_mounted(&at), "{log}");
 }

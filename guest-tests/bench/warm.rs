@@ -158,11 +158,7 @@ impl<'a> Warm<'a> {
         };
         let of_limits = sizes.clone();
         let run = |served: &mut Served, tree: &Tree| {
-            let polls = block == 4 * KIB && depth <= 8;
-            if served.queues.len() < queues
-                || served.max_read < block
-                || (served.program == Program::Polling && !polls)
-            {
+            if served.queues.len() < queues || served.max_read < block {
                 return Ok(None);
             }
             let files = Warm::large(served, tree)?;

@@ -28,7 +28,7 @@ const VERSION: u32 = 1;
 /// What becomes of requests that a daemon took and did not answer before it died.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FailoverPolicy {
-    /// They hang until their process is killed.
+    /// They hang, and their processes cannot be killed, until the session ends.
     None,
     /// The kernel offers them again: Linux 6.9 and newer.
     #[default]
@@ -214,8 +214,8 @@ impl Host {
         let resend = || match session.resend() {
             Ok(()) => log::info!("requests of the daemon before are served again"),
             Err(e) => log::warn!(
-                "requests that the daemon before did not answer hang until their processes are \
-                 killed: the kernel does not send them again: {e}"
+                "requests that the daemon before did not answer hang until the session ends: the \
+                 kernel does not send them again: {e}"
             ),
         };
         match self.options.failover {
