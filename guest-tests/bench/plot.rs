@@ -9,7 +9,7 @@ use plotters::prelude::*;
 pub type Groups = Vec<(String, Vec<(String, f64)>)>;
 
 /// Distinguishable in print and by the colour-blind: Okabe and Ito.
-const COLOURS: [RGBColor; 7] = [
+const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
@@ -17,13 +17,16 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(150, 150, 150),
     RGBColor(86, 180, 233),
     RGBColor(213, 94, 0),
+    RGBColor(60, 60, 60),
 ];
 
 const ROW: f64 = 16.0;
-/// Pixels for names at the left, and above the first group.
+/// Pixels for names at the left, and above the names of colours.
 const LEFT: f64 = 190.0;
-const TOP: f64 = 70.0;
+const TOP: f64 = 44.0;
 const WIDTH: f64 = 900.0;
+/// Names of colours that have room beside each other.
+const NAMES: usize = 4;
 
 fn pixels(value: f64) -> i32 {
     // Coordinates of a drawing of a thousand pixels.
@@ -41,7 +44,8 @@ pub fn bars(path: &Path, title: &str, groups: &Groups, most: f64) -> Result<()> 
         }
     }
     let rows: usize = groups.iter().map(|group| group.1.len() + 1).sum();
-    let height = TOP + rows as f64 * ROW;
+    let top = TOP + members.len().div_ceil(NAMES) as f64 * ROW + 10.0;
+    let height = top + rows as f64 * ROW;
     let size = (pixels(WIDTH).unsigned_abs(), pixels(height).unsigned_abs());
     let root = SVGBackend::new(path, size).into_drawing_area();
     let failed = |error: DrawingAreaErrorKind<_>| anyhow!("{}: {error}", path.display());
@@ -52,13 +56,14 @@ pub fn bars(path: &Path, title: &str, groups: &Groups, most: f64) -> Result<()> 
     };
     text(title, 10.0, 12.0, 18)?;
     for (at, member) in members.iter().enumerate() {
-        let x = 10.0 + at as f64 * (WIDTH - 20.0) / members.len() as f64;
-        let square = [(pixels(x), 44), (pixels(x) + 10, 54)];
+        let x = 10.0 + (at % NAMES) as f64 * (WIDTH - 20.0) / NAMES as f64;
+        let y = TOP + (at / NAMES) as f64 * ROW;
+        let square = [(pixels(x), pixels(y)), (pixels(x) + 10, pixels(y) + 10)];
         let colour = COLOURS[at % COLOURS.len()].filled();
         root.draw(&Rectangle::new(square, colour)).map_err(failed)?;
-        text(member, x + 14.0, 43.0, 12)?;
+        text(member, x + 14.0, y - 1.0, 12)?;
     }
-    let (mut y, scale) = (TOP, (WIDTH - LEFT - 60.0) / most);
+    let (mut y, scale) = (top, (WIDTH - LEFT - 60.0) / most);
     for (group, bars) in groups {
         text(group, 10.0, y + bars.len() as f64 * ROW / 2.0 - 8.0, 13)?;
         for (member, value) in bars {
