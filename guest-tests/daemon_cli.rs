@@ -49,7 +49,7 @@ fn exit_codes_tell_usage_from_failure() {
         (format!("--sock S {image} --config no-such-config"), 1, "no-such-config"),
         (format!("--sock file {image}"), 1, "file: there is a file that is not a socket"),
         (format!("--sock no/such/dir/S {image}"), 1, "no/such/dir/S"),
-        (format!("--sock S --log-file no/such/dir/l {image}"), 1, "no/such/dir/l.log"),
+        (format!("--sock S --log-file file/l {image}"), 1, "file/l.log"),
         (format!("--sock S --bootstrap {}", golden("v5-lz4/bootstrap").display()), 1, "v5"),
     ];
     for (args, want, message) in cases {
