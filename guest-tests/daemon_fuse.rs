@@ -80,14 +80,7 @@ fn golden_images_are_what_their_trees_say() {
     for name in ["v6-none", "v6-zstd", "v6-lz4", "v6-merged", "v6-sha256"] {
         let dir = stage();
         let golden = daemon::golden(name);
-        let config = serde_json::json!({
-            "device": {
-                "backend": {"type": "localfs", "config": {"dir": golden.join("blobs")}},
-                "cache": {"type": "blobcache", "config": {"work_dir": dir.path()}},
-            },
-            "mode": "direct",
-        });
-        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        write_config(dir.path(), &golden.join("blobs"));
         let bootstrap = golden.join("bootstrap");
         let line = format!(
             "fuse --bootstrap {} --config config.json --mountpoint M --apisock A",
@@ -132,14 +125,7 @@ fn compare(at: &Path, tree: &Tree) {
 fn the_snapshotters_command_line() {
     let dir = stage();
     let golden = daemon::golden("v6-none");
-    let config = serde_json::json!({
-        "device": {
-            "backend": {"type": "localfs", "config": {"dir": golden.join("blobs")}},
-            "cache": {"type": "blobcache", "config": {"work_dir": dir.path()}},
-        },
-        "mode": "direct",
-    });
-    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    write_config(dir.path(), &golden.join("blobs"));
     fs::write(dir.path().join("prefetch"), "/a\n").unwrap();
     let line = format!(
         "fuse --thread-num 2 --id d1 --config config.json --bootstrap {} --mountpoint M --apisock A \
@@ -226,14 +212,7 @@ fn a_signal_ends_it_under_load() {
     let (images, shared) = (stage(), stage());
     let image = Image::build(images.path(), 4, 1 << 20, 64 << 10, "none").unwrap();
     let backend = HangFs::mount(&image.blobs, &images.path().join("backend")).unwrap();
-    let config = serde_json::json!({
-        "device": {
-            "backend": {"type": "localfs", "config": {"dir": backend.path()}},
-            "cache": {"type": "blobcache", "config": {"work_dir": images.path()}},
-        },
-        "mode": "direct",
-    });
-    fs::write(images.path().join("config.json"), config.to_string()).unwrap();
+    write_config(images.path(), backend.path());
     let line = format!(
         "fuse --bootstrap {} --config config.json --mountpoint M --apisock A --read-timeout 100s",
         image.bootstrap.display()
@@ -315,14 +294,7 @@ fn cached_reads_go_on_while_cold_ones_hang() {
     let dir = stage();
     let image = Image::build(dir.path(), 8, 2 << 20, 64 << 10, "none").unwrap();
     let backend = HangFs::mount(&image.blobs, &dir.path().join("backend")).unwrap();
-    let config = serde_json::json!({
-        "device": {
-            "backend": {"type": "localfs", "config": {"dir": backend.path()}},
-            "cache": {"type": "blobcache", "config": {"work_dir": dir.path()}},
-        },
-        "mode": "direct",
-    });
-    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    write_config(dir.path(), backend.path());
     let line = format!(
         "fuse --bootstrap {} --config config.json --mountpoint M --apisock A --thread-num 2 \
          --read-timeout 100s",

@@ -9,11 +9,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::daemon::{Daemon, Launch};
+use support::daemon::Launch;
 use support::fault_registry::{Fault, FaultRegistry};
-use support::frontend::{Vm, VmConfig};
-use support::fuse_client::Fuse;
-use support::image::Image;
+use support::frontend::VmConfig;
+use support::image::{Guest, Image};
 use support::registry::Registry;
 use support::say;
 
@@ -32,30 +31,7 @@ fn over(registry: &str, image: &Image, scratch: &Path) -> Launch {
     image.launch(scratch).backend("registry", backend).read_ahead()
 }
 
-struct Guest {
-    daemon: Daemon,
-    _vm: Vm,
-    fuse: Fuse,
-    nodes: Vec<u64>,
-}
-
-fn guest(launch: &Launch, image: &Image) -> Guest {
-    let daemon = launch.spawn().expect("a daemon");
-    let mut vm = daemon.boot(VmConfig::default()).expect("a guest");
-    let mut fuse = vm.fuse(1);
-    fuse.init().expect("INIT");
-    let nodes = image.nodes(&mut fuse).expect("lookups");
-    Guest { daemon, _vm: vm, fuse, nodes }
-}
-
 impl Guest {
-    fn check(&mut self, image: &Image, files: impl IntoIterator<Item = usize>) {
-        for number in files {
-            let checked = image.check_file(&mut self.fuse, number, self.nodes[number]);
-            checked.unwrap_or_else(|e| panic!("file {number}: {e:#}\n{}", self.daemon.log()));
-        }
-    }
-
     /// Waits until the log says `what`.
     fn expect_log(&self, what: &str) {
         let start = Instant::now();
@@ -79,7 +55,7 @@ fn listed_files_are_there_before_they_are_read() {
     let registry = FaultRegistry::start(&image.blobs).expect("a registry");
     let list = list(scratch.path(), &["/f0003", "", "relative", "/f0011/../f0007", "/nothing"]);
     let launch = over(registry.host(), &image, scratch.path()).arg("--prefetch-files").arg(list);
-    let mut guest = guest(&launch, &image);
+    let mut guest = Guest::boot(&launch, &image);
     guest.expect_log("prefetch of /: done");
     let log = guest.daemon.log();
     assert!(log.contains("1 lines are no absolute paths"), "{log}");
@@ -100,7 +76,7 @@ fn a_whole_image_is_fetched_at_the_rate_that_is_set() {
         "enable": true, "threads_count": 2, "merging_size": MIB, "bandwidth_rate": rate,
         "prefetch_all": true}));
     let begin = Instant::now();
-    let mut guest = guest(&launch, &image);
+    let mut guest = Guest::boot(&launch, &image);
     guest.expect_log("prefetch of /: done");
     // The first requests are sent at once, the others as the rate allows.
     let least = Duration::from_millis(700);
@@ -163,13 +139,13 @@ fn a_prefetch_that_fails_is_said_once_and_harms_no_read() {
         let image = image(scratch.path(), 6);
         let registry = FaultRegistry::start(&image.blobs).expect("a registry");
         // What tells where the chunks are comes, the chunks do not.
-        let mut first = guest(&over(registry.host(), &image, scratch.path()), &image);
+        let mut first = Guest::boot(&over(registry.host(), &image, scratch.path()), &image);
         first.check(&image, [0]);
         drop(first);
         registry.set(fault);
         let launch = over(registry.host(), &image, scratch.path())
             .prefetch(json!({"enable": true, "prefetch_all": true}));
-        let mut guest = guest(&launch, &image);
+        let mut guest = Guest::boot(&launch, &image);
         let expected =
             if fault == Fault::WrongBytes { "wrong digest" } else { "trying again later" };
         guest.expect_log(expected);
@@ -189,7 +165,7 @@ fn demand_passes_a_prefetch_that_is_on_its_way() {
     registry.link(Duration::from_millis(20), Some(4 * MIB));
     let launch = over(registry.host(), &image, scratch.path())
         .prefetch(json!({"enable": true, "prefetch_all": true, "threads_count": 64}));
-    let mut guest = guest(&launch, &image);
+    let mut guest = Guest::boot(&launch, &image);
     let served = || registry.served().1;
     let start = Instant::now();
     while served() < 2 * MIB {
@@ -236,7 +212,7 @@ fn a_reader_in_order_waits_less_the_further_it_goes() {
     let image = image(scratch.path(), 8);
     let registry = FaultRegistry::start(&image.blobs).expect("a registry");
     registry.link(Duration::from_millis(20), Some(64 * MIB));
-    let mut guest = guest(&over(registry.host(), &image, scratch.path()), &image);
+    let mut guest = Guest::boot(&over(registry.host(), &image, scratch.path()), &image);
     guest.check(&image, 0..8);
     let (requests, bytes) = registry.served();
     say(format!("8 MiB in order: {requests} requests, {bytes} bytes"));
@@ -298,7 +274,7 @@ fn eight_daemons_that_start_one_image_together_have_each_chunk_served_once() {
                     3 => (12..24).chain(0..12).collect(),
                     _ => (0..24).collect(),
                 };
-                scope.spawn(move || guest(&launch, image).check(image, order));
+                scope.spawn(move || Guest::boot(&launch, image).check(image, order));
             }
         });
         let traffic = registry.traffic(0);

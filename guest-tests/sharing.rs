@@ -9,38 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use support::daemon::{Daemon, Launch};
-use support::frontend::{Vm, VmConfig};
-use support::fuse_client::{Fuse, FuseError};
+use support::fuse_client::FuseError;
 use support::hang_fs::{HangFs, Mode};
-use support::image::{Image, pattern};
+use support::image::{Guest, Image, pattern};
 use support::rng::Rng;
 use support::{assert_same, say};
-
-struct Guest {
-    daemon: Daemon,
-    _vm: Vm,
-    fuse: Fuse,
-    nodes: Vec<u64>,
-}
-
-fn guest(launch: &Launch, image: &Image) -> Guest {
-    let daemon = launch.spawn().expect("a daemon");
-    let mut vm = daemon.boot(VmConfig::default()).expect("a guest");
-    let mut fuse = vm.fuse(1);
-    fuse.init().expect("INIT");
-    let nodes = image.nodes(&mut fuse).expect("lookups");
-    Guest { daemon, _vm: vm, fuse, nodes }
-}
-
-impl Guest {
-    fn check_all(&mut self, image: &Image, order: impl Iterator<Item = usize>) {
-        for number in order {
-            let checked = image.check_file(&mut self.fuse, number, self.nodes[number]);
-            checked.unwrap_or_else(|e| panic!("file {number}: {e:#}\n{}", self.daemon.log()));
-        }
-    }
-}
 
 #[test]
 fn several_daemons_fetch_each_chunk_once() {
@@ -63,7 +36,7 @@ fn several_daemons_fetch_each_chunk_once() {
                     3 => (8..16).chain(0..8).collect(),
                     _ => (0..16).collect(),
                 };
-                scope.spawn(move || guest(&launch, image).check_all(image, order.into_iter()));
+                scope.spawn(move || Guest::boot(&launch, image).check(image, order));
             }
         });
         let read = backend.total();
@@ -76,7 +49,7 @@ fn several_daemons_fetch_each_chunk_once() {
         assert!(read.bytes < blob + blob / 10, "{} bytes read of {blob}", read.bytes);
         // And the next one on this host reads none of the data.
         backend.reset_counts();
-        guest(&launch.named("late"), &image).check_all(&image, 0..16);
+        Guest::boot(&launch.named("late"), &image).check(&image, 0..16);
         let late = backend.total();
         assert!(late.bytes < blob / 20, "a later daemon read {} bytes of {blob}", late.bytes);
     }
@@ -91,7 +64,7 @@ fn a_lying_backend_gives_eio_with_its_cause_and_recovers() {
         let image = Image::build(&dir, 4, 4 << 20, 64 << 10, compressor).expect("an image");
         let backend = HangFs::mount(&image.blobs, &dir.join("backend")).expect("a backend");
         let launch = image.launch_over(backend.path(), &dir).read_timeout(Duration::from_secs(3));
-        let mut guest = guest(&launch, &image);
+        let mut guest = Guest::boot(&launch, &image);
         // One byte in the third megabyte of the data, then the first half of it all.
         for lie in [(2 << 20) + 12_345..(2 << 20) + 12_346, 0..8 << 20] {
             backend.set(Mode::Flip(vec![lie.clone()]));
@@ -119,11 +92,11 @@ fn a_lying_backend_gives_eio_with_its_cause_and_recovers() {
                 assert!(log.contains("digest"), "{name}: the log names no cause:\n{log}");
             }
             backend.set(Mode::Pass);
-            guest.check_all(&image, 0..image.files);
+            guest.check(&image, 0..image.files);
             // Cold again for the second lie.
             drop(guest);
             fs::remove_dir_all(&launch.work_dir).expect("the cache");
-            guest = self::guest(&launch, &image);
+            guest = Guest::boot(&launch, &image);
         }
     }
 }
@@ -135,16 +108,16 @@ fn an_outage_ends_when_the_backend_is_back() {
     let backend = HangFs::mount(&image.blobs, &scratch.path().join("backend")).expect("a backend");
     let launch =
         image.launch_over(backend.path(), scratch.path()).read_timeout(Duration::from_secs(3));
-    let mut guest = guest(&launch, &image);
-    guest.check_all(&image, 0..1);
+    let mut guest = Guest::boot(&launch, &image);
+    guest.check(&image, 0..1);
     for errno in [libc::EIO, libc::ENOENT, libc::ETIMEDOUT] {
         backend.set(Mode::Fail(errno));
         let node = guest.nodes[3];
         assert_eq!(guest.fuse.read(node, 0, 1 << 20, 4096), Err(FuseError::Errno(libc::EIO)));
-        guest.check_all(&image, 0..1);
+        guest.check(&image, 0..1);
         backend.set(Mode::Pass);
     }
-    guest.check_all(&image, 0..4);
+    guest.check(&image, 0..4);
 }
 
 /// Files below `dir`, largest first.
@@ -170,7 +143,7 @@ fn damage_in_the_cache_directory_is_never_served() {
     let scratch = tempfile::tempdir().expect("a scratch directory");
     let image = Image::build(scratch.path(), 4, 2 << 20, 64 << 10, "zstd").expect("an image");
     let launch = image.launch(scratch.path());
-    guest(&launch, &image).check_all(&image, 0..4);
+    Guest::boot(&launch, &image).check(&image, 0..4);
     let mut rng = Rng::new(3);
     // Any byte of any file, one after the other, and the next daemon reads everything right.
     for round in 0..24 {
@@ -195,7 +168,7 @@ fn damage_in_the_cache_directory_is_never_served() {
             }
         }
         drop(file);
-        guest(&launch, &image).check_all(&image, 0..4);
+        Guest::boot(&launch, &image).check(&image, 0..4);
     }
 }
 
@@ -204,12 +177,12 @@ fn a_cache_file_cut_short_under_the_daemon_is_noticed() {
     let scratch = tempfile::tempdir().expect("a scratch directory");
     let image = Image::build(scratch.path(), 4, 2 << 20, 64 << 10, "none").expect("an image");
     let launch = image.launch(scratch.path());
-    let mut guest = guest(&launch, &image);
-    guest.check_all(&image, 0..4);
+    let mut guest = Guest::boot(&launch, &image);
+    guest.check(&image, 0..4);
     let data = &files_by_size(&launch.work_dir)[0];
     let file = OpenOptions::new().write(true).open(data).expect("writable");
     file.set_len(100_000).expect("a shorter file");
-    guest.check_all(&image, 0..4);
+    guest.check(&image, 0..4);
 }
 
 /// A small tmpfs; unmounted when dropped.
@@ -247,9 +220,9 @@ fn a_full_disk_costs_the_cache_and_one_warning() {
         let image = Image::build(&dir, 4, 2 << 20, 64 << 10, compressor).expect("an image");
         let disk = Tmpfs::mount(&dir.join("disk"), 1 << 20);
         let launch = image.launch(&dir).work_dir(&disk.0.join("cache"));
-        let mut guest = guest(&launch, &image);
+        let mut guest = Guest::boot(&launch, &image);
         for _ in 0..2 {
-            guest.check_all(&image, 0..4);
+            guest.check(&image, 0..4);
         }
         let log = guest.daemon.log();
         let warnings: Vec<&str> = log

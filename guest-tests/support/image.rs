@@ -10,7 +10,8 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use super::daemon::Launch;
+use super::daemon::{Daemon, Launch};
+use super::frontend::{Vm, VmConfig};
 use super::fuse_client::{Fuse, FuseError};
 use super::rng::Rng;
 use super::to_usize;
@@ -115,6 +116,33 @@ impl Image {
             self.check_file(fuse, number, node)?;
         }
         Ok(())
+    }
+}
+
+/// A guest of a daemon of its own that serves an image.
+pub struct Guest {
+    pub daemon: Daemon,
+    _vm: Vm,
+    pub fuse: Fuse,
+    pub nodes: Vec<u64>,
+}
+
+impl Guest {
+    pub fn boot(launch: &Launch, image: &Image) -> Guest {
+        let daemon = launch.spawn().expect("a daemon");
+        let mut vm = daemon.boot(VmConfig::default()).expect("a guest");
+        let mut fuse = vm.fuse(1);
+        fuse.init().expect("INIT");
+        let nodes = image.nodes(&mut fuse).expect("lookups");
+        Guest { daemon, _vm: vm, fuse, nodes }
+    }
+
+    /// Reads whole files and compares.
+    pub fn check(&mut self, image: &Image, files: impl IntoIterator<Item = usize>) {
+        for number in files {
+            let checked = image.check_file(&mut self.fuse, number, self.nodes[number]);
+            checked.unwrap_or_else(|e| panic!("file {number}: {e:#}\n{}", self.daemon.log()));
+        }
     }
 }
 
