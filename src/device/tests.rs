@@ -54,7 +54,7 @@ fn the_vmm_is_told_how_many_queues_and_which_tag() {
 fn a_driver_is_told_of_the_queues_that_the_vmm_has_set_up() {
     let daemon = Daemon::start(8);
     let mut vmm = Vmm::connect(&daemon.path, 3);
-    let mut told = |vmm: &mut Vmm| {
+    let told = |vmm: &mut Vmm| {
         let flags = VhostUserConfigFlags::empty();
         let (_, config) = vmm.frontend.get_config(36, 4, flags, &[0; 4]).unwrap();
         u32::from_le_bytes(config.try_into().unwrap())
