@@ -195,8 +195,3 @@ impl<W: Write> BlobWriter<W> {
         Ok((self.hash.finalize().into(), self.offset, self.out))
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-}
