@@ -15,21 +15,13 @@ use compat::{KataGo, eventually, rafs, snapshotter_config};
 use daemon::{Daemon, golden, rafsd, scratch};
 use serde_json::{Value, json};
 use support::fault_registry::{Auth, Fault, FaultRegistry, Redirect};
-use support::frontend::{Vm, VmConfig};
-use support::fuse_client::Fuse;
+use support::frontend::Vm;
 use support::image::Image;
 
 fn start(dir: &Path) -> (Daemon, KataGo) {
     let args = "virtiofs --log-level info --apisock A --sock S --read-timeout 3s";
     let daemon = Daemon::start(dir, rafsd(dir, args));
     (daemon, KataGo::connect(&dir.join("A")))
-}
-
-fn guest(dir: &Path) -> (Vm, Fuse) {
-    let mut vm = Vm::boot(&dir.join("S"), VmConfig::default()).unwrap();
-    let mut fuse = vm.fuse(1);
-    fuse.init().unwrap();
-    (vm, fuse)
 }
 
 /// The snapshotter's document for a registry, with more keys of its backend.
@@ -70,7 +62,7 @@ fn s28_a_mount_does_not_wait_for_what_it_prefetches() {
         assert_eq!(kata.umount("/m").status, 204, "what is prefetched holds nothing up");
     }
     assert_eq!(kata.mount("/m", &body).status, 204);
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     assert!(fuse.resolve(b"/m/f0001").is_ok(), "names do not wait either");
     daemon.signal(libc::SIGTERM);
     let (status, took, log) = daemon.end();
@@ -89,7 +81,7 @@ fn s46_rotated_credentials_take_effect_at_the_next_request() {
     let cache = dir.path().join("cache");
     let config = registry(server.host(), &cache, json!({"auth": basic("u", "old")}));
     assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let nodes: Vec<u64> = (0..4)
         .map(|n| fuse.resolve(format!("/m/{}", support::image::name(n)).as_bytes()).unwrap())
         .collect();
@@ -195,7 +187,7 @@ fn s53_every_way_to_a_registry_that_the_snapshotter_configures() {
         let config = registry(&own, &dir.path().join("cache"), more);
         let answer = kata.mount("/m", &rafs(&image.bootstrap, &config));
         assert_eq!(answer.status, 204, "{what}: {answer:?}");
-        let (vm, mut fuse) = guest(dir.path());
+        let (vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
         let node = fuse.resolve(b"/m/f0000").unwrap();
         if let Err(e) = image.check_file(&mut fuse, 0, node) {
             drop((vm, fuse));
@@ -234,7 +226,7 @@ fn s55_secrets_show_up_nowhere() {
         "proxy": {"url": "http://proxyuser:hush-two@127.0.0.1:9", "fallback": true}});
     let config = registry(server.host(), &cache, own);
     let mut seen = format!("{:?}", kata.mount("/m", &rafs(&image.bootstrap, &config)));
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     if let Ok(node) = fuse.resolve(b"/m/f0000") {
         assert!(fuse.read(node, 0, 0, 10).is_err(), "the password is wrong");
     }
@@ -295,7 +287,7 @@ fn s57_files_of_others_in_the_cache_directory_are_left_alone() {
     let daemons = [start(dir.path()), start(other.path())];
     for (dir, (_, kata)) in [&dir, &other].into_iter().zip(&daemons) {
         assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
-        let (_vm, mut fuse) = guest(dir.path());
+        let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
         let node = fuse.resolve(b"/m/f0000").unwrap();
         image.check_file(&mut fuse, 0, node).unwrap();
     }
@@ -331,7 +323,7 @@ fn s59_backends_parse_and_local_ones_read() {
         ),
         ("http-proxy", json!({"addr": "http://127.0.0.1:9", "path": "/x"}), false),
     ];
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     for (i, (kind, own, reads)) in cases.into_iter().enumerate() {
         let config = json!({"device": {"id": "/3", "backend": {"type": kind, "config": own},
             "cache": {"type": "blobcache", "config": {"work_dir": cache.join(i.to_string())}}},
@@ -354,7 +346,7 @@ fn s60_an_outage_gives_eio_and_passes() {
     let (_daemon, kata) = start(dir.path());
     let config = registry(server.host(), &dir.path().join("cache"), json!({}));
     assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let first = fuse.resolve(b"/m/f0000").unwrap();
     let last = fuse.resolve(b"/m/f0003").unwrap();
     image.check_file(&mut fuse, 0, first).unwrap();

@@ -14,7 +14,7 @@ use std::time::Duration;
 use compat::{KataGo, KataRs, Nydusctl, is_time, numbers, rafs, send, snapshotter_config};
 use daemon::{Daemon, golden, rafsd, scratch};
 use serde_json::{Value, json};
-use support::frontend::{Vm, VmConfig};
+use support::frontend::Vm;
 use support::hang_fs::{HangFs, Mode};
 use support::image::Image;
 
@@ -176,9 +176,7 @@ fn s41_metrics_of_a_mount_count_what_the_guest_does() {
     let (_daemon, kata) = kata(dir.path());
     let config = snapshotter_config("/1", &image.blobs, &dir.path().join("cache"));
     assert_eq!(kata.mount("/m/one", &rafs(&image.bootstrap, &config)).status, 204);
-    let mut vm = Vm::boot(&dir.path().join("S"), VmConfig::default()).unwrap();
-    let mut fuse = vm.fuse(1);
-    fuse.init().unwrap();
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let node = fuse.resolve(b"/m/one/f0001").unwrap();
     for (offset, size) in [(0, 100), (0, 4096), (10_000, 131_072)] {
         fuse.read(node, 0, offset, size).unwrap();
@@ -211,9 +209,7 @@ fn s42_and_s43_cache_and_backend_of_a_config() {
     let cache = dir.path().join("cache");
     let config = snapshotter_config("/3", &image.blobs, &cache);
     assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
-    let mut vm = Vm::boot(&dir.path().join("S"), VmConfig::default()).unwrap();
-    let mut fuse = vm.fuse(1);
-    fuse.init().unwrap();
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let node = fuse.resolve(b"/m/f0000").unwrap();
     image.check_file(&mut fuse, 0, node).unwrap();
     let nydusctl = Nydusctl::new(&dir.path().join("A"));
@@ -240,9 +236,7 @@ fn s44_requests_that_wait_are_listed() {
     assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
     let idle = kata.call("GET", "/api/v1/metrics/inflight", None);
     assert_eq!((idle.status, idle.body.as_str()), (204, ""));
-    let mut vm = Vm::boot(&dir.path().join("S"), VmConfig::default()).unwrap();
-    let mut fuse = vm.fuse(1);
-    fuse.init().unwrap();
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let node = fuse.resolve(b"/m/f0000").unwrap();
     backend.set(Mode::Hang);
     let ticket = fuse.submit_read(node, 0, 0, 4096).unwrap();
@@ -299,9 +293,7 @@ fn s45_what_was_done_with_each_file_is_recorded_where_the_config_asks_for_it() {
         config[key] = json!(true);
     }
     assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config.to_string())).status, 204);
-    let mut vm = Vm::boot(&dir.path().join("S"), VmConfig::default()).unwrap();
-    let mut fuse = vm.fuse(1);
-    fuse.init().unwrap();
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let [first, second, never] =
         ["/m/f0001", "/m/f0000", "/m/f0002"].map(|path| fuse.resolve(path.as_bytes()).unwrap());
     // In an image's own numbers; those that a guest sees have the mount in their upper bits.
@@ -440,9 +432,7 @@ fn prometheus_reads_metrics_with_units() {
     let (_daemon, kata) = kata(dir.path());
     let config = snapshotter_config("/3", &image.blobs, &dir.path().join("cache"));
     assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
-    let mut vm = Vm::boot(&dir.path().join("S"), VmConfig::default()).unwrap();
-    let mut fuse = vm.fuse(1);
-    fuse.init().unwrap();
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let node = fuse.resolve(b"/m/f0000").unwrap();
     image.check_file(&mut fuse, 0, node).unwrap();
     let value = |text: &str, name: &str| -> f64 {

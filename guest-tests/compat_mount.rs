@@ -25,13 +25,6 @@ fn kata(dir: &Path) -> Daemon {
     Daemon::start(dir, rafsd(dir, "virtiofs --log-level info --apisock A --sock S"))
 }
 
-fn guest(dir: &Path) -> (Vm, Fuse) {
-    let mut vm = Vm::boot(&dir.join("S"), VmConfig::default()).unwrap();
-    let mut fuse = vm.fuse(1);
-    fuse.init().unwrap();
-    (vm, fuse)
-}
-
 /// Body of a mount request for a golden image.
 fn body(case: &str, cache: &Path) -> serde_json::Value {
     let dir = golden(case);
@@ -68,7 +61,7 @@ fn s25_and_s26_both_runtimes_share_a_directory_at_containers() {
         let info = KataRs::connect(&socket).info().backend_collection.unwrap();
         assert_eq!(info["/containers"]["backend_type"], "PassthroughFs", "{info}");
         assert!(info["/containers"]["config"].is_null());
-        let (_vm, mut fuse) = guest(dir.path());
+        let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
         std::fs::write(shared.join("later"), "from the host").unwrap();
         let node = fuse.resolve(b"/containers/later").unwrap();
         let handle = fuse.open(node).unwrap();
@@ -107,7 +100,7 @@ fn s61_the_root_lists_what_is_mounted_and_is_searched_before_it_is_listed() {
     let _daemon = kata(dir.path());
     let kata = KataGo::connect(&dir.path().join("A"));
     assert_eq!(kata.mount("/containers", &shared).status, 204);
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     assert!(fuse.resolve(b"/containers").is_ok(), "before any listing");
     assert_eq!(names(&mut fuse, 1), ["containers"]);
     let body = body("v6-none", &dir.path().join("cache"));
@@ -125,7 +118,7 @@ fn s66_an_image_beside_a_shared_directory_is_read_only() {
     assert_eq!(kata.mount("/containers", &shared).status, 204);
     let body = body("v6-none", &dir.path().join("cache"));
     assert_eq!(kata.mount("/rafs/c1/lowerdir", &body).status, 204);
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let root = fuse.resolve(b"/rafs/c1/lowerdir").unwrap();
     // MKDIR: mode, umask, name.
     let mkdir = [&[0; 8][..], b"new\0"].concat();
@@ -142,7 +135,7 @@ fn s27_an_image_appears_after_the_guest_has_mounted_and_looked_in_vain() {
     let image = Image::build(dir.path(), 3, 300_000, 64 << 10, "zstd").unwrap();
     let _daemon = kata(dir.path());
     let kata = KataGo::connect(&dir.path().join("A"));
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     for _ in 0..3 {
         assert_eq!(fuse.lookup(1, b"rafs").unwrap_err().errno(), Some(libc::ENOENT));
     }
@@ -162,7 +155,7 @@ fn s28_a_bad_bootstrap_or_config_is_an_error_and_leaves_nothing() {
     let cache = dir.path().join("cache");
     let _daemon = kata(dir.path());
     let kata = KataGo::connect(&dir.path().join("A"));
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     std::fs::write(dir.path().join("zeros"), [0; 8192]).unwrap();
     let good = body("v6-none", &cache);
     let source = |source: &Path| rafs(source, good["config"].as_str().unwrap());
@@ -211,7 +204,7 @@ fn s30_an_unmounted_path_disappears_and_a_new_image_there_is_the_new_one() {
     let cache = dir.path().join("cache");
     let _daemon = kata(dir.path());
     let kata = KataGo::connect(&dir.path().join("A"));
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     assert_eq!(kata.mount("/rafs/c1/lowerdir", &body("v6-none", &cache)).status, 204);
     let root = fuse.resolve(b"/rafs/c1/lowerdir").unwrap();
     let old = names(&mut fuse, root);
@@ -246,7 +239,7 @@ fn s32_put_swaps_the_image() {
     let cache = dir.path().join("cache");
     let _daemon = kata(dir.path());
     let kata = KataGo::connect(&dir.path().join("A"));
-    let (_vm, mut fuse) = guest(dir.path());
+    let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
     let path = "/api/v1/mount?mountpoint=/rafs/c1/lowerdir";
     let missing = kata.call("PUT", path, Some(&body("v6-none", &cache)));
     assert!(missing.message().contains("doesn't exist"), "{missing:?}");

@@ -19,20 +19,12 @@ use compat::{KataGo, KataRs, eventually, rafs, send, snapshotter_config};
 use daemon::{Daemon, SOON, golden, output, rafsd, scratch};
 use serde_json::{Value, json};
 use support::frontend::{Vm, VmConfig, Vmm};
-use support::fuse_client::Fuse;
 use support::hang_fs::{HangFs, Mode};
 use support::image::Image;
 use support::memory::{Layout, MIB};
 use support::say;
 
 const KATA_GO: &str = "virtiofs --log-level info --apisock A --sock S";
-
-fn guest(socket: &Path) -> (Vm, Fuse) {
-    let mut vm = Vm::boot(socket, VmConfig::default()).unwrap();
-    let mut fuse = vm.fuse(1);
-    fuse.init().unwrap();
-    (vm, fuse)
-}
 
 /// Starts a command line, looks at its state, ends it; its log.
 fn start_and_end(args: &str) -> String {
@@ -92,7 +84,7 @@ fn s03_to_s06_command_lines_of_kata_start_over_stale_relative_sockets() {
             drop(UnixListener::bind(dir.path().join(name)).unwrap());
         }
         let daemon = Daemon::start(dir.path(), rafsd(dir.path(), args));
-        let (_vm, mut fuse) = guest(&dir.path().join("S"));
+        let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
         assert!(fuse.getattr(1).is_ok(), "{args}");
         drop(daemon);
     }
@@ -124,7 +116,7 @@ fn s08_a_pipe_that_is_full_or_closed_stalls_no_guest() {
         kata.call("GET", &format!("/{}", "x".repeat(5000)), None);
     }
     let read_all = |at: &str| {
-        let (_vm, mut fuse) = guest(&dir.path().join("S"));
+        let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
         for number in 0..4 {
             let path = format!("{at}/{}", support::image::name(number));
             let node = fuse.resolve(path.as_bytes()).unwrap();
@@ -166,7 +158,7 @@ fn s10_sigterm_ends_it_in_every_phase() {
         let kata = KataGo::connect(&dir.path().join("A"));
         let config = snapshotter_config("/1", backend.path(), &dir.path().join("cache"));
         assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
-        let mut visitor = (phase > 0).then(|| guest(&dir.path().join("S")));
+        let mut visitor = (phase > 0).then(|| Vm::mounted(&dir.path().join("S")));
         if let (Some((_, fuse)), true) = (&mut visitor, phase > 1) {
             let node = fuse.resolve(b"/m/f0000").unwrap();
             if phase > 2 {
@@ -215,7 +207,7 @@ fn s11_what_a_killed_daemon_has_cached_is_good() {
         let daemon = Daemon::start(dir.path(), rafsd(dir.path(), KATA_GO));
         let kata = KataGo::connect(&dir.path().join("A"));
         assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
-        let (_vm, mut fuse) = guest(&dir.path().join("S"));
+        let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
         for number in 0..=round {
             let path = format!("/m/{}", support::image::name(number));
             let node = fuse.resolve(path.as_bytes()).unwrap();
@@ -326,7 +318,7 @@ fn s15_wrong_arguments_give_2_and_failures_1() {
 /// A directory with a file in it, and what a guest sees of it.
 fn check_shared(socket: &Path, dir: &Path) {
     fs::write(dir.join("from-host"), "hello guest").unwrap();
-    let (_vm, mut fuse) = guest(socket);
+    let (_vm, mut fuse) = Vm::mounted(socket);
     let node = fuse.resolve(b"/from-host").unwrap();
     let handle = fuse.open(node).unwrap();
     assert_eq!(fuse.read(node, handle, 0, 100).unwrap(), b"hello guest");
@@ -408,7 +400,7 @@ fn s19_what_is_mounted_at_start() {
         let nydusctl = compat::Nydusctl::new(&dir.path().join("A"));
         assert_eq!(nydusctl.info(), [want], "{args}");
         let at = want.split(' ').next().unwrap();
-        let (_vm, mut fuse) = guest(&dir.path().join("S"));
+        let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));
         let root = if at == "/" { 1 } else { fuse.resolve(at.as_bytes()).unwrap() };
         assert!(fuse.getattr(root).is_ok());
         drop(daemon);

@@ -289,18 +289,24 @@ fn the_mount_of_a_dead_daemon_is_replaced() {
     assert!(log.contains("somebody unmounted it"), "{log}");
 }
 
-#[test]
-fn cached_reads_go_on_while_cold_ones_hang() {
-    let dir = stage();
-    let image = Image::build(dir.path(), 8, 2 << 20, 64 << 10, "none").unwrap();
-    let backend = HangFs::mount(&image.blobs, &dir.path().join("backend")).unwrap();
-    write_config(dir.path(), backend.path());
+/// So many files of `size` bytes, mounted at `M` from a backend that hangs on command.
+fn over_hang_fs(dir: &Path, files: usize, size: u64) -> (Image, HangFs, Daemon) {
+    let image = Image::build(dir, files, size, 64 << 10, "none").unwrap();
+    let backend = HangFs::mount(&image.blobs, &dir.join("backend")).unwrap();
+    write_config(dir, backend.path());
     let line = format!(
         "fuse --bootstrap {} --config config.json --mountpoint M --apisock A --thread-num 2 \
          --read-timeout 100s",
         image.bootstrap.display()
     );
-    let daemon = Daemon::start(dir.path(), rafsd(dir.path(), &line));
+    let daemon = Daemon::start(dir, rafsd(dir, &line));
+    (image, backend, daemon)
+}
+
+#[test]
+fn cached_reads_go_on_while_cold_ones_hang() {
+    let dir = stage();
+    let (image, backend, daemon) = over_hang_fs(dir.path(), 8, 2 << 20);
     let at = dir.path().join("M");
     let warm = at.join(name(0));
     let len = usize::try_from(image.file_size).unwrap();
@@ -659,15 +665,7 @@ fn what_becomes_of_a_request_whose_daemon_died_is_the_policy_s() {
 #[test]
 fn a_signal_ends_it_with_many_readers_on_a_backend_that_hangs() {
     let dir = stage();
-    let image = Image::build(dir.path(), 4, 1 << 20, 64 << 10, "none").unwrap();
-    let backend = HangFs::mount(&image.blobs, &dir.path().join("backend")).unwrap();
-    write_config(dir.path(), backend.path());
-    let line = format!(
-        "fuse --bootstrap {} --config config.json --mountpoint M --apisock A --thread-num 2 \
-         --read-timeout 100s",
-        image.bootstrap.display()
-    );
-    let daemon = Daemon::start(dir.path(), rafsd(dir.path(), &line));
+    let (_, backend, daemon) = over_hang_fs(dir.path(), 4, 1 << 20);
     backend.set(Mode::Hang);
     let mut readers: Vec<Child> = (0..48)
         .map(|i| direct_read(dir.path(), i % 4, i as u64 / 4 * (64 << 10), "/dev/null"))

@@ -31,17 +31,6 @@ fn over(registry: &str, image: &Image, scratch: &Path) -> Launch {
     image.launch(scratch).backend("registry", backend).read_ahead()
 }
 
-impl Guest {
-    /// Waits until the log says `what`.
-    fn expect_log(&self, what: &str) {
-        let start = Instant::now();
-        while !self.daemon.log().contains(what) {
-            assert!(start.elapsed() < PATIENT, "no {what:?} in the log:\n{}", self.daemon.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
 fn list(dir: &Path, lines: &[&str]) -> std::path::PathBuf {
     let path = dir.join("list");
     fs::write(&path, lines.join("\n")).expect("a list");
@@ -56,7 +45,7 @@ fn listed_files_are_there_before_they_are_read() {
     let list = list(scratch.path(), &["/f0003", "", "relative", "/f0011/../f0007", "/nothing"]);
     let launch = over(registry.host(), &image, scratch.path()).arg("--prefetch-files").arg(list);
     let mut guest = Guest::boot(&launch, &image);
-    guest.expect_log("prefetch of /: done");
+    guest.daemon.expect_log("prefetch of /: done");
     let log = guest.daemon.log();
     assert!(log.contains("1 lines are no absolute paths"), "{log}");
     assert!(log.contains("1 listed paths are not in the image, the first is /nothing"), "{log}");
@@ -77,7 +66,7 @@ fn a_whole_image_is_fetched_at_the_rate_that_is_set() {
         "prefetch_all": true}));
     let begin = Instant::now();
     let mut guest = Guest::boot(&launch, &image);
-    guest.expect_log("prefetch of /: done");
+    guest.daemon.expect_log("prefetch of /: done");
     // The first requests are sent at once, the others as the rate allows.
     let least = Duration::from_millis(700);
     assert!(begin.elapsed() > least, "8 MiB at 8 MiB/s took {:?}", begin.elapsed());
@@ -115,11 +104,7 @@ fn a_directory_in_the_prefetch_table_means_all_below_it() {
     let mut vm = daemon.boot(VmConfig::default()).expect("a guest");
     let mut fuse = vm.fuse(1);
     fuse.init().expect("INIT");
-    let start = Instant::now();
-    while !daemon.log().contains("prefetch of /: done, 600000") {
-        assert!(start.elapsed() < PATIENT, "{}", daemon.log());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    daemon.expect_log("prefetch of /: done, 600000");
     registry.set(Fault::Hang);
     for path in ["a/one", "a/b/two"] {
         let node = fuse.resolve(path.as_bytes()).expect(path);
@@ -148,7 +133,7 @@ fn a_prefetch_that_fails_is_said_once_and_harms_no_read() {
         let mut guest = Guest::boot(&launch, &image);
         let expected =
             if fault == Fault::WrongBytes { "wrong digest" } else { "trying again later" };
-        guest.expect_log(expected);
+        guest.daemon.expect_log(expected);
         registry.set(Fault::None);
         guest.check(&image, 0..6);
         let log = guest.daemon.log();
@@ -182,7 +167,7 @@ fn demand_passes_a_prefetch_that_is_on_its_way() {
     assert!(passed < 6 * MIB, "{passed} bytes came before a chunk that somebody waits for");
     // Who reads in the middle of what is being fetched joins it: nothing comes twice.
     guest.check(&image, [2, 3, 4, 30]);
-    guest.expect_log("prefetch of /: done");
+    guest.daemon.expect_log("prefetch of /: done");
     let whole = served();
     assert!(whole < 32 * MIB + MIB / 2, "{whole} bytes of an image of 32 MiB");
 }

@@ -74,9 +74,7 @@ impl Stage {
             ".",
         ]);
         run(create.arg("tree").current_dir(dir)).unwrap();
-        let args = format!(
-            "virtiofs --sock S --apisock A --num-request-queues 1 --tag {TAG} --bootstrap boot {flags}"
-        );
+        let args = format!("virtiofs --sock S --apisock A --tag {TAG} --bootstrap boot {flags}");
         let mut command = rafsd(dir, &args);
         command.stderr(fs::File::create(dir.join("log")).unwrap());
         let daemon = Arc::new(Daemon::start(dir, command));
@@ -212,6 +210,38 @@ fn qemu_is_not_given_the_cache() {
     assert_eq!(log.matches("does not map files read-only").count(), 1, "{log}");
     assert!(log.contains("each guest gets copies"), "{log}");
     assert!(log.contains("DAX: a window of 256 MiB, private"), "{log}");
+    assert_cache_is_the_blob(&stage);
+}
+
+/// A reset takes the window away without a word, in the middle of reads, and QEMU goes on.
+#[test]
+fn a_guest_that_is_reset_finds_an_empty_window() {
+    let stage = Stage::set("--dax shared --dax-fallback private --dax-window 16M");
+    let (boots, monitor) = (AtomicU64::new(0), stage.path("Q"));
+    let report = stage
+        .guest(include_str!("init/dax-reset-job.sh"))
+        .with_window()
+        .request_queues(2)
+        .reboots()
+        .watch(move |line| {
+            if !line.contains("host-please reset") {
+                return;
+            }
+            let command = match boots.fetch_add(1, Ordering::SeqCst) {
+                0 => r#"{"execute":"system_reset"}"#,
+                // The guest reboots by itself.
+                1 => return,
+                _ => r#"{"execute":"set-action","arguments":{"reboot":"shutdown"}}"#,
+            };
+            Monitor::open(&monitor).say(command);
+        })
+        .run();
+    let report = shown(report, &stage);
+    report.expect(&["mount", "sums", "mount", "sums", "mount", "sums"]);
+    assert_eq!(stage.metric(READS), 0);
+    let log = stage.log();
+    assert_eq!(log.matches("DAX: a window of 16 MiB, private").count(), 3, "{log}");
+    assert!(!log.contains(" ERROR "), "{log}");
     assert_cache_is_the_blob(&stage);
 }
 

@@ -263,7 +263,7 @@ fn a_guest_that_knows_files_of_a_shared_directory_is_not_saved() {
     assert!(saved(&mut vm), "nothing is known yet");
     let node = fuse.resolve(b"/file").expect("a file");
     assert!(!saved(&mut vm), "another process would not know the file");
-    assert!(daemon.log().contains("the guest knows files of a shared directory"));
+    daemon.expect_log("the guest knows files of a shared directory");
     fuse.getattr(node).expect("the guest goes on");
     fuse.forget(node, 1).expect("FORGET");
     assert!(saved(&mut vm), "it has been forgotten");

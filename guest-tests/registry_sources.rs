@@ -154,11 +154,7 @@ fn a_registry_that_may_not_be_trusted_or_entered_is_an_error_with_its_reason() {
         let node = image.nodes(&mut fuse).expect("lookups")[0];
         let error = fuse.read(node, 0, 0, 4096).expect_err(reason);
         assert_eq!(error.errno(), Some(libc::EIO), "{reason}");
-        let limit = Instant::now() + Duration::from_secs(10);
-        while !daemon.log().contains(reason) {
-            assert!(Instant::now() < limit, "{reason} is not in the log: {}", daemon.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        daemon.expect_log(reason);
         let log = daemon.log();
         assert!(!log.contains("wr0ng") && !log.contains(&wrong) && !log.contains("t0ken"), "{log}");
     }
@@ -183,7 +179,7 @@ fn mirrors_are_asked_in_order_and_left_out_while_they_fail() {
     let count = || [first.served().0, second.served().0, origin.served().0];
 
     stage.read_right("past a mirror that does not answer");
-    stage.expect_log("is left out for now", "the black hole");
+    stage.expect_log("is left out for now");
     let begin = Instant::now();
     for _ in 0..8 {
         stage.read_right("from the first mirror that is well");
@@ -233,7 +229,7 @@ fn a_mirror_that_gives_wrong_bytes_is_not_asked_for_the_blob_again() {
     for _ in 0..4 {
         stage.read_right("from the origin");
     }
-    stage.expect_log("gave wrong bytes", "the liars");
+    stage.expect_log("gave wrong bytes");
     // While the origin fails, liars are not worth asking.
     origin.set(Fault::Status(503));
     let place = stage.cold();
@@ -323,7 +319,7 @@ fn a_proxy_without_fallback_is_the_only_way_and_sees_https_as_http_if_it_should(
     proxy.set(Fault::Status(502));
     let place = stage.cold();
     assert_eq!(stage.read(place, "the proxy fails"), Err(libc::EIO));
-    stage.expect_log("HTTP status 502", "the proxy fails");
+    stage.expect_log("HTTP status 502");
     proxy.set(Fault::None);
     stage.read(place, "the proxy is well").expect("right bytes");
 }
@@ -538,7 +534,7 @@ fn an_object_store_checks_our_signatures() {
     let mut stage = Stage::launch(&wrong.work_dir(&cache), scratch_3, image);
     let place = stage.cold();
     assert_eq!(stage.read(place, "with a wrong key"), Err(libc::EIO));
-    stage.expect_log("denies access: HTTP status 403", "with a wrong key");
+    stage.expect_log("denies access: HTTP status 403");
     assert!(!stage.new_log().contains("wr0ng"));
 }
 

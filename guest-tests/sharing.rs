@@ -88,8 +88,7 @@ fn a_lying_backend_gives_eio_with_its_cause_and_recovers() {
             say(format!("{name}, {flipped} bytes flipped: {failed} reads EIO, {right} right"));
             if flipped == 1 {
                 assert!(failed >= 1, "{name}: the flipped byte was not noticed");
-                let log = guest.daemon.log().to_lowercase();
-                assert!(log.contains("digest"), "{name}: the log names no cause:\n{log}");
+                guest.daemon.expect_log("digest");
             }
             backend.set(Mode::Pass);
             guest.check(&image, 0..image.files);
@@ -224,6 +223,7 @@ fn a_full_disk_costs_the_cache_and_one_warning() {
         for _ in 0..2 {
             guest.check(&image, 0..4);
         }
+        guest.daemon.expect_log("No space left");
         let log = guest.daemon.log();
         let warnings: Vec<&str> = log
             .lines()

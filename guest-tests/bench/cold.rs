@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::load::{Anywhere, InOrder, Load, Opened, Places, Reads, drive};
+use super::load::{Anywhere, InOrder, Load, Next, Opened, Places, Reads, drive};
 use super::report::{Case, Contender, Family, Measures, Series, alternate, by_measure};
 use super::subject::{Program, Served, Tree};
 use crate::support::fault_registry::{Fault, FaultRegistry};
-use crate::support::fuse_client::{Fuse, Reply, Ticket};
+use crate::support::fuse_client::{Fuse, Reply};
 
 const BLOCK: usize = 128 << 10;
 
@@ -70,12 +70,7 @@ struct Warm<'a> {
 }
 
 impl Load for Warm<'_> {
-    fn next(
-        &mut self,
-        fuse: &mut Fuse,
-        _: usize,
-        answer: Option<&Reply>,
-    ) -> Result<Option<Ticket>> {
+    fn next(&mut self, fuse: &mut Fuse, _: usize, answer: Option<&Reply>) -> Next {
         if let Some(reply) = answer {
             self.waits.push(self.sent.elapsed());
             reply.result()?;
@@ -101,12 +96,7 @@ impl Load for Warm<'_> {
 struct Beside<A, B>(A, B);
 
 impl<A: Load, B: Load> Load for Beside<A, B> {
-    fn next(
-        &mut self,
-        fuse: &mut Fuse,
-        task: usize,
-        answer: Option<&Reply>,
-    ) -> Result<Option<Ticket>> {
+    fn next(&mut self, fuse: &mut Fuse, task: usize, answer: Option<&Reply>) -> Next {
         match task {
             0 => self.0.next(fuse, 0, answer),
             _ => self.1.next(fuse, task - 1, answer),

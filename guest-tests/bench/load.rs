@@ -22,16 +22,14 @@ const STUCK: Duration = Duration::from_secs(60);
 /// What `getdents` of glibc asks for, and so what Linux puts into READDIRPLUS.
 const DIR_BUFFER: usize = 32 << 10;
 
+/// A request that was put into the ring; `None`: the task has nothing to do now.
+pub type Next = Result<Option<Ticket>>;
+
 /// What a guest's threads do.
 pub trait Load {
     /// Puts the next request of a task into the ring; `answer` is that to the one before, or `None` if the task has
-    /// nothing under way. `None`: the task has nothing to do now.
-    fn next(
-        &mut self,
-        fuse: &mut Fuse,
-        task: usize,
-        answer: Option<&Reply>,
-    ) -> Result<Option<Ticket>>;
+    /// nothing under way.
+    fn next(&mut self, fuse: &mut Fuse, task: usize, answer: Option<&Reply>) -> Next;
 
     /// Work done so far, in the load's own unit, and bytes read.
     fn done(&self) -> (u64, u64);
@@ -192,12 +190,7 @@ impl<'a, P: Places> Reads<'a, P> {
 }
 
 impl<P: Places> Load for Reads<'_, P> {
-    fn next(
-        &mut self,
-        fuse: &mut Fuse,
-        task: usize,
-        answer: Option<&Reply>,
-    ) -> Result<Option<Ticket>> {
+    fn next(&mut self, fuse: &mut Fuse, task: usize, answer: Option<&Reply>) -> Next {
         if let Some(reply) = answer {
             reply.result()?;
             let wanted = self.wanted[task];
@@ -241,12 +234,7 @@ impl<'a> SmallFiles<'a> {
 }
 
 impl Load for SmallFiles<'_> {
-    fn next(
-        &mut self,
-        fuse: &mut Fuse,
-        task: usize,
-        answer: Option<&Reply>,
-    ) -> Result<Option<Ticket>> {
+    fn next(&mut self, fuse: &mut Fuse, task: usize, answer: Option<&Reply>) -> Next {
         let mut now = None;
         if let Some(reply) = answer {
             let (file, doing) = &mut self.tasks[task];
@@ -380,12 +368,7 @@ impl Walk {
 }
 
 impl Load for Walk {
-    fn next(
-        &mut self,
-        fuse: &mut Fuse,
-        task: usize,
-        answer: Option<&Reply>,
-    ) -> Result<Option<Ticket>> {
+    fn next(&mut self, fuse: &mut Fuse, task: usize, answer: Option<&Reply>) -> Next {
         let mut now = None;
         if let Some(reply) = answer {
             match self.tasks[task].doing {
@@ -462,12 +445,7 @@ impl<'a> Stat<'a> {
 }
 
 impl Load for Stat<'_> {
-    fn next(
-        &mut self,
-        fuse: &mut Fuse,
-        task: usize,
-        answer: Option<&Reply>,
-    ) -> Result<Option<Ticket>> {
+    fn next(&mut self, fuse: &mut Fuse, task: usize, answer: Option<&Reply>) -> Next {
         if let Some(reply) = answer {
             reply.result()?;
             self.requests += 1;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::limits::{Files, round_trips, small_files};
-use super::load::{Anywhere, InOrder, Opened, Outcome, SmallFiles, Stat, Walk};
+use super::load::{Anywhere, InOrder, Opened, Outcome, Places, SmallFiles, Stat, Walk};
 use super::report::{
     Case, Contender, Family, LIMIT_COPY, LIMIT_FILES, LIMIT_PREADV, LIMIT_ROUND_TRIP, Measures,
     alternate,
@@ -150,12 +150,14 @@ impl<'a> Warm<'a> {
         tree.large().into_iter().map(|file| served.open(tree, file)).collect()
     }
 
-    fn random_case(&mut self, block: usize, depth: usize, queues: usize) -> Result<Case> {
-        let (time, sizes) = (self.settings.time, large_sizes(self.tree));
-        let places = move |sizes: &[u64], seed: usize| {
-            let end = Instant::now() + time;
-            Anywhere::new(sizes.iter().copied(), block, seed as u64, end)
-        };
+    /// READs of `block` bytes; `places` gives a queue its own for files of these sizes.
+    fn reads<P: Places + Send>(
+        &mut self,
+        (block, depth, queues): (usize, usize, usize),
+        places: impl Fn(&[u64], usize) -> P + Copy,
+        round_trip: Duration,
+    ) -> Result<Case> {
+        let sizes = large_sizes(self.tree);
         let of_limits = sizes.clone();
         let run = |served: &mut Served, tree: &Tree| {
             if served.queues.len() < queues || served.max_read < block {
@@ -163,13 +165,21 @@ impl<'a> Warm<'a> {
             }
             let files = Warm::large(served, tree)?;
             let each = (0..queues).map(|queue| places(&sizes, queue)).collect();
-            let outcome = served.read(&files, block, depth, each)?;
-            Ok(figures(outcome, "requests/s", "CPU µs/request"))
+            Ok(figures(served.read(&files, block, depth, each)?, "requests/s", "CPU µs/request"))
         };
         let name = named(block, depth, queues);
         self.case(name, run, |files, _| {
-            limits(files, queues, block, depth, move || places(&of_limits, 0), time)
+            limits(files, queues, block, depth, move || places(&of_limits, 0), round_trip)
         })
+    }
+
+    fn random_case(&mut self, block: usize, depth: usize, queues: usize) -> Result<Case> {
+        let time = self.settings.time;
+        let places = move |sizes: &[u64], seed: usize| {
+            let end = Instant::now() + time;
+            Anywhere::new(sizes.iter().copied(), block, seed as u64, end)
+        };
+        self.reads((block, depth, queues), places, time)
     }
 
     /// Random reads, and the time that single ones take.
@@ -230,26 +240,14 @@ impl<'a> Warm<'a> {
     }
 
     fn sequential_case(&mut self, block: usize, depth: usize, queues: usize) -> Result<Case> {
-        let (time, sizes) = (self.settings.time, large_sizes(self.tree));
+        let time = self.settings.time;
         // Queues begin at different files: what is before is empty to them.
         let places = move |sizes: &[u64], queue: usize| {
             let from = sizes.len() * queue / queues;
             let own = sizes.iter().enumerate().map(|(at, size)| if at < from { 0 } else { *size });
             InOrder::new(own.collect::<Vec<_>>().into_iter(), block, Some(Instant::now() + time))
         };
-        let of_limits = sizes.clone();
-        let run = |served: &mut Served, tree: &Tree| {
-            if served.queues.len() < queues || served.max_read < block {
-                return Ok(None);
-            }
-            let files = Warm::large(served, tree)?;
-            let each = (0..queues).map(|queue| places(&sizes, queue)).collect();
-            Ok(figures(served.read(&files, block, depth, each)?, "requests/s", "CPU µs/request"))
-        };
-        let name = named(block, depth, queues);
-        self.case(name, run, |files, _| {
-            limits(files, queues, block, depth, move || places(&of_limits, 0), Duration::ZERO)
-        })
+        self.reads((block, depth, queues), places, Duration::ZERO)
     }
 
     fn small(&mut self) -> Result<Family> {
@@ -294,7 +292,7 @@ fn named(block: usize, depth: usize, queues: usize) -> String {
 }
 
 /// What the machine does with the same reads; round trips of eventfds where one is asked for at a time.
-fn limits<'s, P: super::load::Places>(
+fn limits<'s, P: Places>(
     files: &'s mut Files,
     queues: usize,
     block: usize,

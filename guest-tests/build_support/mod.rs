@@ -368,6 +368,11 @@ pub fn rafs_reader(args: &[&OsStr]) -> String {
 pub fn check_by_rafs_reader(built: &Built, want: &Tree, scratch: &Path) {
     let json = scratch.join("tree.json");
     fs::write(&json, to_json(want).to_string()).unwrap();
+    rafs_reader_check(built, &json);
+}
+
+/// The same, with a tree as it describes them.
+pub fn rafs_reader_check(built: &Built, json: &Path) {
     rafs_reader(&[
         "check".as_ref(),
         built.bootstrap.as_ref(),

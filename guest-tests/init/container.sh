@@ -28,7 +28,8 @@ truncate -s 3 /etc/debian_version && test "$(stat -c %s /etc/debian_version)" = 
 cp --sparse=always /bin/bash /srv/bash && cmp /bin/bash /srv/bash && /srv/bash -c 'exit 0'
 dd if=/dev/zero of=/srv/big bs=1M count=20 conv=fsync 2>/dev/null
 test "$(sha256sum </srv/big)" = "$(head -c 20971520 /dev/zero | sha256sum)"
-dpkg --verify dpkg || true
+# Documentation is not installed, and so missing; nothing may differ.
+test -z "$(dpkg --verify dpkg | grep -v '^missing')"
 dpkg-query -W dpkg
 su -s /bin/sh nobody -c 'umask 027; echo mine >/tmp/of-nobody; ! echo x >/etc/no 2>/dev/null'
 test "$(stat -c '%U %a' /tmp/of-nobody)" = 'nobody 640'

@@ -8,7 +8,7 @@ use rafsd::rafs::toc::{PackedBlob, SectionKind};
 use serde_json::Value;
 
 use crate::build_support::{
-    Built, assert_same, check, create, describe, make_golden_tree, rafs_reader, read_image,
+    Built, assert_same, check, create, describe, make_golden_tree, rafs_reader_check, read_image,
     repository,
 };
 use crate::{golden_tar, merge, pack, rafs_ok};
@@ -106,14 +106,7 @@ fn with_times_of(json: &Path, tree: &Path, out: &Path) {
 
 fn check_tree(built: &Built, json: &Path) {
     check(built);
-    rafs_reader(&[
-        "check".as_ref(),
-        built.bootstrap.as_ref(),
-        "--blobs".as_ref(),
-        built.blobs.as_ref(),
-        "--tree".as_ref(),
-        json.as_ref(),
-    ]);
+    rafs_reader_check(built, json);
 }
 
 #[test]

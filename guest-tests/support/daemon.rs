@@ -17,6 +17,9 @@ use super::frontend::{Vm, VmConfig};
 /// How long a daemon may take until its sockets exist, on a machine that is busy with other tests.
 pub const START_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long something may take that only its log tells of.
+const LOG_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// What to start: an image, where its blobs are, where the cache goes.
 #[derive(Clone, Debug)]
 pub struct Launch {
@@ -254,6 +257,23 @@ impl Daemon {
     /// What the daemon has logged so far.
     pub fn log(&self) -> String {
         self.stderr.as_ref().map(Collector::text).unwrap_or_default()
+    }
+
+    /// Waits until the log says `what`: a line may come a moment after the answer that it is about.
+    #[track_caller]
+    pub fn expect_log(&self, what: &str) {
+        self.expect_log_after(0, what);
+    }
+
+    /// The same, of what was logged after the first `seen` bytes.
+    #[track_caller]
+    pub fn expect_log_after(&self, seen: usize, what: &str) {
+        let limit = Instant::now() + LOG_TIMEOUT;
+        while !self.log()[seen..].contains(what) {
+            let late = Instant::now() > limit;
+            assert!(!late, "the log should say {what:?}:\n{}", &self.log()[seen..]);
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn finish_log(&mut self) -> String {

@@ -269,6 +269,14 @@ impl Vm {
         Ok(vm)
     }
 
+    /// A guest that has mounted the share: after INIT.
+    pub fn mounted(socket: &Path) -> (Vm, Fuse) {
+        let mut vm = Vm::boot(socket, VmConfig::default()).expect("a guest boots");
+        let mut fuse = vm.fuse(1);
+        fuse.init().expect("INIT");
+        (vm, fuse)
+    }
+
     /// Connects only.
     pub fn connect(socket: &Path, config: VmConfig) -> Result<Vm> {
         Vm::over(dial(socket)?, config)

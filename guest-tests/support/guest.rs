@@ -447,9 +447,11 @@ impl Report {
                 output.push('\n');
             } else if let Some((_, result)) = line.split_once("guest-result ") {
                 if let Some((name, status)) = result.split_once(' ') {
+                    // Nor is what follows the number the guest's.
+                    let digits = status.find(|c: char| !c.is_ascii_digit()).unwrap_or(status.len());
                     checks.push(Check {
                         name: name.to_owned(),
-                        status: status.trim().parse().unwrap_or(-1),
+                        status: status[..digits].parse().unwrap_or(-1),
                         output: std::mem::take(&mut output),
                     });
                 }

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -138,19 +138,10 @@ impl Stage {
         value.map_or(0, |value| value.parse().expect("a number"))
     }
 
-    /// Waits until something that was logged since the last look says `what`; a line may come a
-    /// moment after the answer that it is about.
+    /// Waits until something that was logged since the last look says `what`.
     #[track_caller]
-    pub fn expect_log(&mut self, what: &str, context: &str) {
-        let limit = Instant::now() + Duration::from_secs(10);
-        while !self.daemon.log()[self.seen..].contains(what) {
-            assert!(
-                Instant::now() < limit,
-                "{context}: the log should say {what:?}:\n{}",
-                self.new_log()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        }
+    pub fn expect_log(&self, what: &str) {
+        self.daemon.expect_log_after(self.seen, what);
     }
 
     /// What was logged since this was called last.

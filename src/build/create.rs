@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::blob_file::BlobTarget;
 use super::compose::{self, Form, Request, SourceKind};
-use super::output::{parent_dir, refuse_special};
+use super::output::{parent_dir, refuse_special, write_json};
 use super::pipeline::Settings;
 use super::prefetch::{Patterns, PrefetchPolicy};
 use super::whiteout::WhiteoutSpec;
@@ -327,9 +327,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         seconds: started.elapsed().as_secs_f64(),
     };
     if let Some(path) = &args.output_json {
-        let mut text = serde_json::to_string_pretty(&summary).context("cannot write JSON")?;
-        text.push('\n');
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        write_json(path, &summary)?;
     }
     summary.print(&mut io::stdout().lock()).context("cannot write to standard output")?;
     Ok(ExitCode::SUCCESS)

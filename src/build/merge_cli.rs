@@ -14,7 +14,7 @@ use super::dedup::Dictionary;
 use super::image_file;
 use super::load::Image;
 use super::merge::{Layer, Options, merge};
-use super::output::refuse_special;
+use super::output::{refuse_special, write_json};
 use super::prefetch::{Patterns, PrefetchPolicy};
 use super::whiteout::WhiteoutSpec;
 use super::write::save;
@@ -133,9 +133,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         bootstrap_bytes: merged.bootstrap.len(),
     };
     if let Some(path) = &args.output_json {
-        let mut text = serde_json::to_string_pretty(&summary).context("cannot write JSON")?;
-        text.push('\n');
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        write_json(path, &summary)?;
     }
     summary.print(&mut io::stdout().lock()).context("cannot write to standard output")?;
     Ok(ExitCode::SUCCESS)

@@ -7,6 +7,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use tempfile::NamedTempFile;
 
 use super::error::BuildError;
@@ -51,6 +52,19 @@ impl Write for Output {
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
     }
+}
+
+/// Writes a summary for programs.
+pub fn write_json(path: &Path, summary: &impl serde::Serialize) -> anyhow::Result<()> {
+    let text = json(summary)?;
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A summary as JSON of several lines.
+pub fn json(summary: &impl serde::Serialize) -> anyhow::Result<String> {
+    let mut text = serde_json::to_string_pretty(summary).context("cannot write JSON")?;
+    text.push('\n');
+    Ok(text)
 }
 
 /// Refuses a name that something other than a regular file has: renaming over `/dev/null` would

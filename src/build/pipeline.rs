@@ -365,10 +365,10 @@ impl Packer {
         let len = match &mut self.codec {
             Codec::None => return Ok(None),
             Codec::Lz4 => {
-                let bound = lz4_flex::block::get_maximum_output_size(bytes.len());
+                let fail = |source| BuildError::Compress { codec: "LZ4", source };
+                let bound = lz4::block::compress_bound(bytes.len()).map_err(fail)?;
                 self.out.resize(bound.max(self.out.len()), 0);
-                lz4_flex::block::compress_into(bytes, &mut self.out)
-                    .expect("the buffer has room for the worst case")
+                lz4::block::compress_to_buffer(bytes, None, false, &mut self.out).map_err(fail)?
             }
             Codec::Zstd(context) => {
                 let fail = |source| BuildError::Compress { codec: "zstd", source };

@@ -10,7 +10,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::image_file;
+use super::{image_file, output};
 use crate::rafs::{Bootstrap, FileKind};
 
 /// Count what is in images, and what they share.
@@ -159,8 +159,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         shared.percent = percent(shared.bytes, image.counts.distinct_bytes);
         (report.target, report.shared) = (Some(image), Some(shared));
     }
-    let mut json = serde_json::to_string_pretty(&report).context("cannot write JSON")?;
-    json.push('\n');
+    let json = output::json(&report)?;
     if let Some(path) = &args.output_json {
         std::fs::write(path, &json).with_context(|| path.display().to_string())?;
     }

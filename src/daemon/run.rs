@@ -246,6 +246,7 @@ fn start_device(
         }),
         busy_poll: options.busy_poll,
         window: options.dax.window,
+        memory_slots: !options.dax.options.maps_writable(),
     };
     let mounts = Arc::clone(status.mounted().table());
     let server = ServerOptions { writeback: options.writeback, ..ServerOptions::default() };

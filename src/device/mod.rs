@@ -137,6 +137,9 @@ pub struct DeviceConfig {
     pub request_queues: u16,
     /// Size of the DAX window in bytes, a power of two; `None`: none is offered.
     pub window: Option<u64>,
+    /// Whether the VMM may show us its memory region by region (`CONFIGURE_MEM_SLOTS`), up to 512 of
+    /// them; otherwise it has to do with eight.
+    pub memory_slots: bool,
     /// How many of them whoever asks is told to use: 1 to `request_queues`.
     pub advised_queues: u16,
     /// How long a queue looks for the next request before it sleeps.

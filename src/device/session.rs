@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -44,6 +45,9 @@ pub(super) const TAG_LEN: usize = 36;
 /// notification buffers (0: we have no notification queue).
 const CONFIG_LEN: usize = TAG_LEN + 4 + 4;
 
+/// Where the number of request queues is in it.
+const QUEUES: Range<usize> = TAG_LEN..TAG_LEN + 4;
+
 /// How long the threads of a connection that has ended are waited for.
 const END_LIMIT: Duration = Duration::from_millis(300);
 
@@ -52,20 +56,23 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// Protocol features we offer, some only with a DAX window. `REPLY_ACK` is the `vhost` crate's work.
-fn protocol_features(window: bool) -> VhostUserProtocolFeatures {
-    let dax = match window {
-        true => VhostUserProtocolFeatures::SHMEM | VhostUserProtocolFeatures::BACKEND_SEND_FD,
-        false => VhostUserProtocolFeatures::empty(),
-    };
-    dax | VhostUserProtocolFeatures::MQ
+/// Protocol features we offer, some only with a DAX window or with memory slots. `REPLY_ACK` is the
+/// `vhost` crate's work.
+fn protocol_features(config: &DeviceConfig) -> VhostUserProtocolFeatures {
+    let mut features = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-        | VhostUserProtocolFeatures::DEVICE_STATE
+        | VhostUserProtocolFeatures::DEVICE_STATE;
+    if config.window.is_some() {
+        features |= VhostUserProtocolFeatures::SHMEM | VhostUserProtocolFeatures::BACKEND_SEND_FD;
+    }
+    if config.memory_slots {
+        features |= VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    }
+    features
 }
 
 /// Serves a VMM until it goes, the connection breaks, or `stop` is raised. When this returns,
@@ -177,6 +184,10 @@ impl From<InflightError> for Error {
 /// What a VMM has told us.
 struct Session<S: Serve> {
     config: [u8; CONFIG_LEN],
+    /// The last ring that the VMM gave a call descriptor; 0 is the one for urgent requests.
+    named: u32,
+    /// Protocol features that were offered.
+    offered: VhostUserProtocolFeatures,
     service: Arc<S>,
     memory: Arc<ArcSwap<Memory>>,
     rings: Vec<Ring<S>>,
@@ -216,6 +227,8 @@ impl<S: Serve> Session<S> {
         };
         Ok(Session {
             config: config_space(&device.config),
+            named: 0,
+            offered: protocol_features(&device.config),
             rings: (0..queues).map(ring).collect(),
             service,
             memory,
@@ -338,7 +351,7 @@ fn config_space(config: &DeviceConfig) -> [u8; CONFIG_LEN] {
     let mut space = [0; CONFIG_LEN];
     let tag = config.tag.as_bytes();
     space[..tag.len()].copy_from_slice(tag);
-    space[TAG_LEN..TAG_LEN + 4].copy_from_slice(&u32::from(config.advised_queues).to_le_bytes());
+    space[QUEUES].copy_from_slice(&u32::from(config.advised_queues).to_le_bytes());
     space
 }
 
@@ -393,11 +406,11 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(protocol_features(self.shmem.is_some()))
+        Ok(self.offered)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        let unknown = features & !protocol_features(self.shmem.is_some()).bits();
+        let unknown = features & !self.offered.bits();
         if unknown != 0 {
             return Err(refused(format!("protocol features {unknown:#x} were not offered")));
         }
@@ -487,14 +500,18 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
         self.with_ring(u32::from(index), |ring| ring.set_kick(kick))
     }
 
+    /// QEMU does this for all queues that a device has before a driver asks how many to use.
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        self.with_ring(u32::from(index), |ring| {
+        let index = u32::from(index);
+        self.with_ring(index, |ring| {
             ring.shared().call.store(file.map(Arc::new));
             if ring.is_working() {
                 // An answer may have been announced on the old descriptor only.
                 ring.shared().signal();
             }
-        })
+        })?;
+        self.named = self.named.max(index);
+        Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
@@ -510,16 +527,21 @@ impl<S: Serve> VhostUserBackendReqHandlerMut for Session<S> {
         self.with_ring(index, |ring| ring.set_enabled(enable))
     }
 
-    /// Bytes past the configuration space are 0.
+    /// Bytes past the configuration space are 0. The number of request queues is the VMM's own, if it
+    /// has set some up: Linux takes no device that lacks one of them.
     fn get_config(
         &mut self,
         offset: u32,
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
+        let mut space = self.config;
+        if self.named > 0 {
+            space[QUEUES].copy_from_slice(&self.named.to_le_bytes());
+        }
         let byte = |i: u32| {
             let place = usize::try_from(i).ok();
-            place.and_then(|i| self.config.get(i)).copied().unwrap_or(0)
+            place.and_then(|i| space.get(i)).copied().unwrap_or(0)
         };
         Ok((offset..offset.saturating_add(size)).map(byte).collect())
     }

@@ -233,6 +233,7 @@ impl Daemon {
             advised_queues: request_queues,
             busy_poll,
             window: None,
+            memory_slots: true,
         };
         let device = Device::with_service(config, runtime.handle().clone(), {
             let world = Arc::clone(&world);

@@ -50,6 +50,22 @@ fn the_vmm_is_told_how_many_queues_and_which_tag() {
     }
 }
 
+/// A device that QEMU gave two request queues cannot have more, whatever is advised.
+#[test]
+fn a_driver_is_told_of_the_queues_that_the_vmm_has_set_up() {
+    let daemon = Daemon::start(8);
+    let mut vmm = Vmm::connect(&daemon.path, 3);
+    let told = |vmm: &mut Vmm| {
+        let flags = VhostUserConfigFlags::empty();
+        let (_, config) = vmm.frontend.get_config(36, 4, flags, &[0; 4]).unwrap();
+        u32::from_le_bytes(config.try_into().unwrap())
+    };
+    for (ring, want) in [(0, 8), (1, 1), (2, 2), (1, 2)] {
+        vmm.frontend.set_vring_call(ring, &vmm.calls[ring]).unwrap();
+        assert_eq!(told(&mut vmm), want, "after ring {ring}");
+    }
+}
+
 #[test]
 fn a_full_set_of_queues_of_full_size() {
     let daemon = Daemon::start(64);

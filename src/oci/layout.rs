@@ -148,7 +148,7 @@ impl Layout {
         let what = format!("{} (file index.json)", self.path().display());
         let bytes = match self.small("index.json") {
             Ok(bytes) => bytes,
-            Err(OciError::NotFound { .. }) => return Ok(empty_index()),
+            Err(OciError::NotFound { .. }) => return Ok(Index::empty()),
             Err(e) => return Err(e),
         };
         match Document::parse(&what, OCI_INDEX, &bytes)? {
@@ -276,18 +276,6 @@ impl Layout {
 
 fn blob_name(digest: &Digest) -> String {
     format!("blobs/{}", digest.as_str().replacen(':', "/", 1))
-}
-
-fn empty_index() -> Index {
-    Index {
-        schema_version: 2,
-        media_type: Some(OCI_INDEX.to_owned()),
-        artifact_type: None,
-        manifests: Vec::new(),
-        subject: None,
-        annotations: Default::default(),
-        other: Default::default(),
-    }
 }
 
 /// Writes a file that is there as a whole or not at all.

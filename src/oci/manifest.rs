@@ -307,6 +307,19 @@ impl Manifest {
 }
 
 impl Index {
+    /// One that names nothing.
+    pub fn empty() -> Index {
+        Index {
+            schema_version: 2,
+            media_type: Some(OCI_INDEX.to_owned()),
+            artifact_type: None,
+            manifests: Vec::new(),
+            subject: None,
+            annotations: Default::default(),
+            other: Default::default(),
+        }
+    }
+
     /// The bytes that are stored.
     pub fn to_bytes(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("maps have texts as keys")

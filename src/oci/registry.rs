@@ -441,15 +441,7 @@ impl Repository {
         };
         match bytes.map(|bytes| Document::parse(&what, OCI_INDEX, &bytes)).transpose()? {
             Some(Document::Index(index)) => Ok(*index),
-            _ => Ok(Index {
-                schema_version: 2,
-                media_type: Some(OCI_INDEX.to_owned()),
-                artifact_type: None,
-                manifests: Vec::new(),
-                subject: None,
-                annotations: Default::default(),
-                other: Default::default(),
-            }),
+            _ => Ok(Index::empty()),
         }
     }
 }

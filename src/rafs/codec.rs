@@ -103,7 +103,7 @@ impl Compressor {
     pub fn compress(self, input: &[u8]) -> std::io::Result<Option<Vec<u8>>> {
         let out = match self {
             Compressor::None => return Ok(None),
-            Compressor::Lz4Block => lz4_flex::block::compress(input),
+            Compressor::Lz4Block => lz4::block::compress(input, None, false)?,
             Compressor::Zstd => zstd::bulk::compress(input, zstd::DEFAULT_COMPRESSION_LEVEL)?,
             Compressor::Gzip => {
                 let mut stream =

@@ -11,6 +11,7 @@ use indicatif::{MultiProgress, ProgressDrawTarget};
 use super::dictionary::{Dictionary, Place};
 use super::{Context, convert};
 use crate::build::create::{CompressorName, DigesterName, parse_chunk_size, parse_fs_version};
+use crate::build::output::write_json;
 use crate::build::pipeline::Settings;
 use crate::build::prefetch::Patterns;
 use crate::oci::http::HttpOptions;
@@ -171,9 +172,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     report.source = args.source.to_string();
     report.target = args.target.to_string();
     if let Some(path) = &args.output_json {
-        let mut text = serde_json::to_string_pretty(&report).context("cannot write JSON")?;
-        text.push('\n');
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        write_json(path, &report)?;
     }
     report.print(&mut io::stdout().lock()).context("cannot write to standard output")?;
     Ok(ExitCode::SUCCESS)

@@ -71,6 +71,22 @@ pub struct DaxOptions {
     pub fallback: DaxPolicy,
 }
 
+impl DaxOptions {
+    /// Whether the VMM may be asked to map memory that can be written to, for as long as the guest
+    /// has a session.
+    ///
+    /// QEMU 11.1 shows it to us as guest memory. When the guest is reset, QEMU forgets the mapping
+    /// and keeps its record of memory slots, and ends with SIGSEGV when it next starts the device. So
+    /// slots and such a mapping do not go together.
+    pub fn maps_writable(&self) -> bool {
+        match self.policy {
+            DaxPolicy::Off => false,
+            DaxPolicy::Private => true,
+            DaxPolicy::Shared => self.fallback == DaxPolicy::Private,
+        }
+    }
+}
+
 /// How files of a session are mapped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Mapping {

@@ -39,6 +39,8 @@ pub(super) struct Window {
     mapping: Mapping,
     size: u64,
     copies: File,
+    /// The same file as the VMM gets it: with `Mapping::Shared` for reading only.
+    shown: File,
     ranges: Vec<Range>,
     buffer: Vec<u8>,
 }
@@ -67,17 +69,22 @@ impl Window {
     /// An empty window. Nothing must be mapped.
     pub(super) fn open(memory: &dyn SharedMemory, mapping: Mapping) -> Result<Window, FillError> {
         let size = memory.size();
-        let copies = nameless(size).map_err(FillError::Copy)?;
+        let copies = File::from(nameless(size).map_err(FillError::Copy)?);
+        let shown = match mapping {
+            Mapping::Shared => crate::blob::reopen_read_only(copies.as_fd()),
+            _ => copies.try_clone(),
+        };
         let ranges = usize::try_from(size / RANGE).unwrap_or(0);
         let window = Window {
             mapping,
             size,
-            copies: File::from(copies),
+            copies,
+            shown: shown.map_err(FillError::Copy)?,
             ranges: std::iter::repeat_with(Range::default).take(ranges).collect(),
             buffer: Vec::new(),
         };
         if mapping == Mapping::Private {
-            memory.map(0, size, window.copies.as_fd(), 0)?;
+            memory.map(0, size, window.shown.as_fd(), 0)?;
         }
         Ok(window)
     }
@@ -205,7 +212,7 @@ impl Window {
         if self.mapping == Mapping::Shared && copied > 0 {
             let end = extents.iter().map(|extent| extent.at + extent.len).max().unwrap_or(0);
             let len = end.next_multiple_of(PAGE);
-            memory.map(offset, len, self.copies.as_fd(), offset)?;
+            memory.map(offset, len, self.shown.as_fd(), offset)?;
             range.live.push((offset, len));
         }
         Ok(copied)
