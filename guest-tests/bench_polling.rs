@@ -29,18 +29,24 @@ struct Args {
     bench: bool,
 }
 
-const POLLS: [&str; 4] = ["0", "20us", "50us", "200us"];
+const POLLS: [&str; 4] = ["off", "auto", "50us", "200us"];
 /// Microseconds.
-const PAUSES: [u64; 7] = [0, 10, 20, 50, 100, 200, 500];
+const PAUSES: [u64; 7] = [0, 10, 20, 50, 100, 200, 1000];
 const TIME: Duration = Duration::from_millis(400);
+const IDLE: Duration = Duration::from_millis(1000);
 const FILES: usize = 16;
 const FILE_SIZE: usize = 1 << 20;
 
 /// Microseconds to the answer (the median), and of the daemon's CPU time for each request.
 type Cell = (f64, f64);
 
-/// One row: a cell for each pause.
-fn run(image: &Image, dir: &std::path::Path, poll: &str, spins: bool) -> Result<Vec<Cell>> {
+/// What one daemon did: a cell for each pause, and microseconds of its CPU time for a second without requests.
+struct Row {
+    cells: Vec<Cell>,
+    idle: f64,
+}
+
+fn run(image: &Image, dir: &std::path::Path, poll: &str, spins: bool) -> Result<Row> {
     let mut launch = image.launch(dir).arg("--busy-poll").arg(poll);
     launch.log_level = "warn".into();
     let daemon = launch.spawn()?;
@@ -53,7 +59,7 @@ fn run(image: &Image, dir: &std::path::Path, poll: &str, spins: bool) -> Result<
         fuse.read_all(node, 1 << 20)?;
     }
     let mut rng = Rng::new(7);
-    let mut row = Vec::new();
+    let mut cells = Vec::new();
     for pause in PAUSES {
         let mut waits = Vec::new();
         let (cpu, start) = (daemon.cpu_time(), Instant::now());
@@ -75,9 +81,12 @@ fn run(image: &Image, dir: &std::path::Path, poll: &str, spins: bool) -> Result<
         let cpu = daemon.cpu_time() - cpu;
         waits.sort();
         let middle = waits[waits.len() / 2].as_secs_f64() * 1e6;
-        row.push((middle, cpu.as_secs_f64() * 1e6 / waits.len() as f64));
+        cells.push((middle, cpu.as_secs_f64() * 1e6 / waits.len() as f64));
     }
-    Ok(row)
+    let cpu = daemon.cpu_time();
+    std::thread::sleep(IDLE);
+    let idle = (daemon.cpu_time() - cpu).as_secs_f64() * 1e6 / IDLE.as_secs_f64();
+    Ok(Row { cells, idle })
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -90,7 +99,7 @@ fn main() -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let image = Image::build(scratch.path(), FILES, FILE_SIZE as u64, 1 << 20, "none")?;
     let kinds = [false, true].map(|spins| POLLS.map(|poll| (spins, poll))).concat();
-    let mut rows: Vec<Vec<Vec<Cell>>> = kinds.iter().map(|_| Vec::new()).collect();
+    let mut rows: Vec<Vec<Row>> = kinds.iter().map(|_| Vec::new()).collect();
     for _ in 0..args.runs.max(1) {
         for ((spins, poll), rows) in kinds.iter().zip(&mut rows) {
             rows.push(run(&image, scratch.path(), poll, *spins)?);
@@ -99,14 +108,19 @@ fn main() -> Result<()> {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     let pauses = PAUSES.iter().map(|pause| format!("pause {pause} µs"));
-    table.set_header([String::from("p50 µs · CPU µs/request")].into_iter().chain(pauses));
+    let first = [String::from("p50 µs · CPU µs/request")].into_iter();
+    table.set_header(first.chain(pauses).chain([String::from("idle, CPU µs/s")]));
     for ((spins, poll), runs) in kinds.iter().zip(&rows) {
         let guest = if *spins { "spins" } else { "sleeps" };
         let cells = (0..PAUSES.len()).map(|i| {
-            let part = |part: fn(&Cell) -> f64| median(runs.iter().map(|r| part(&r[i])).collect());
+            let part = |part: fn(&Cell) -> f64| {
+                median(runs.iter().map(|row| part(&row.cells[i])).collect())
+            };
             format!("{:.1} · {:.1}", part(|cell| cell.0), part(|cell| cell.1))
         });
-        table.add_row([format!("guest {guest}, --busy-poll {poll}")].into_iter().chain(cells));
+        let idle = format!("{:.0}", median(runs.iter().map(|row| row.idle).collect()));
+        let name = format!("guest {guest}, --busy-poll {poll}");
+        table.add_row([name].into_iter().chain(cells).chain([idle]));
     }
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);

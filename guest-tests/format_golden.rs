@@ -7,7 +7,9 @@ mod golden_cases;
 use std::collections::BTreeMap;
 
 use golden_cases::{READABLE, golden};
+use rafsd::rafs::ci::ChunkInfos;
 use rafsd::rafs::id::{BlobId, BlobIndex, ChunkIndex, Nid};
+use rafsd::rafs::layout::BlobFeatures;
 use rafsd::rafs::toc::PackedBlob;
 use rafsd::rafs::{Bootstrap, FileKind, FormatError, WalkItem};
 use serde_json::{Value, json};
@@ -153,6 +155,56 @@ fn chunks_agree_with_the_chunk_table() {
         }
         assert_eq!(chunks == 0, image.blobs().is_empty(), "{case}");
     }
+}
+
+#[test]
+fn a_chunk_table_with_all_chunks_tells_the_context_table() {
+    let mut told = Vec::new();
+    for (case, bootstrap, _) in READABLE {
+        let image = open(case, bootstrap);
+        for info in image.blobs() {
+            let records = image.chunk_digests(info.index).unwrap();
+            let blobs = golden(case).join("blobs");
+            let file = match info.id {
+                BlobId::UNKNOWN => {
+                    std::fs::read_dir(blobs).unwrap().next().unwrap().unwrap().path()
+                }
+                id => blobs.join(id.to_string()),
+            };
+            let blob = std::fs::read(file).unwrap();
+            let from = usize::try_from(info.ci_offset).unwrap();
+            let stored = &blob[from..from + usize::try_from(info.ci_compressed_size).unwrap()];
+            let mut own = vec![0; usize::try_from(info.ci_uncompressed_size).unwrap()];
+            info.ci_compressor.decompress(stored, &mut own).unwrap();
+            match records.entries(info) {
+                Some(entries) => {
+                    assert_eq!(entries, own, "{case}/{bootstrap}, blob {}", info.index.0);
+                    let infos = ChunkInfos::of_entries(info, entries).unwrap();
+                    assert_eq!(infos.len(), info.chunk_count);
+                    told.push(format!("{case}/{bootstrap}/{}", info.index.0));
+                }
+                None => {
+                    let all = (0..info.chunk_count).all(|i| records.get(ChunkIndex(i)).is_some());
+                    let batches = info.features.contains(BlobFeatures::BATCH);
+                    assert!(!all || batches, "{case}/{bootstrap}, blob {}", info.index.0);
+                }
+            }
+        }
+    }
+    let want = [
+        "v6-zstd/bootstrap/0",
+        "v6-lz4/bootstrap/0",
+        "v6-none/bootstrap/0",
+        "v6-sha256/bootstrap/0",
+        "v6-blake3/bootstrap/0",
+        "v6-two-layers/bootstrap/1",
+        "v6-two-layers/lower-bootstrap/0",
+        "v6-chunkdict/bootstrap/1",
+        "v6-chunkdict/dict-bootstrap/0",
+        "v6-oci-packed/bootstrap/0",
+        "v6-merged/bootstrap/0",
+    ];
+    assert_eq!(told, want);
 }
 
 #[test]

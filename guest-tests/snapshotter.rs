@@ -59,8 +59,8 @@ fn image(registry: &Registry, name: &str, files: &[(&str, usize)]) -> BTreeMap<S
     for applet in ["cat", "dd", "grep", "ls", "mv", "rm", "sh", "sha256sum", "sleep", "touch"] {
         symlink("busybox", base.join("bin").join(applet)).unwrap();
     }
-    // What the second layer hides.
-    fs::write(base.join("data").join(files[0].0), "of the first layer").unwrap();
+    // What the second layer hides. Made in the same second, layers of two images were one otherwise.
+    fs::write(base.join("data").join(files[0].0), format!("of the first layer of {name}")).unwrap();
     fs::create_dir(&data).unwrap();
     for (seed, (file, len)) in files.iter().enumerate() {
         fs::write(data.join(file), noise(*len, name, seed)).unwrap();

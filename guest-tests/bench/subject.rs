@@ -107,15 +107,18 @@ pub enum Program {
     Rafsd,
     /// rafsd that looks for the next request for a while before it sleeps.
     Polling,
+    /// rafsd that shares the tree's directory, as virtiofsd does.
+    Shared,
     Nydusd,
     /// With a pool of so many threads.
     Virtiofsd(usize),
 }
 
 impl Program {
-    pub const ALL: [Program; 5] = [
+    pub const ALL: [Program; 6] = [
         Program::Rafsd,
         Program::Polling,
+        Program::Shared,
         Program::Nydusd,
         Program::Virtiofsd(0),
         Program::Virtiofsd(8),
@@ -125,6 +128,7 @@ impl Program {
         match self {
             Program::Rafsd => "rafsd".into(),
             Program::Polling => "rafsd, polling".into(),
+            Program::Shared => "rafsd, directory".into(),
             Program::Nydusd => "nydusd".into(),
             Program::Virtiofsd(pool) => format!("virtiofsd, pool {pool}"),
         }
@@ -149,33 +153,38 @@ impl Program {
 
     /// Starts it for a tree, with sockets and caches of its own below `dir`.
     pub fn start(self, tree: &Tree, dir: &Path) -> Result<Daemon> {
-        let Program::Virtiofsd(pool) = self else {
-            let launch = self.launch(&tree.bootstrap, &tree.blobs, dir)?;
-            // User-mode Linux asks the device for the name of the share.
-            let launch =
-                if self != Program::Nydusd { launch.arg("--tag").arg(TAG) } else { launch };
-            return launch.spawn();
+        let mut command = match self {
+            Program::Shared => Command::new(env!("CARGO_BIN_EXE_rafsd")),
+            Program::Virtiofsd(pool) => {
+                let program = Parts::install(&["virtiofsd"])?.path("virtiofsd")?;
+                let mut command = Command::new(program);
+                command.arg("--thread-pool-size").arg(pool.to_string());
+                // It keeps a descriptor for each name that the guest knows; file handles are its way out where this
+                // machine does not let it have so many.
+                let (_, limit) = descriptor_limits();
+                if limit < tree.names.len() as u64 * 2 {
+                    command.arg("--inode-file-handles=prefer");
+                }
+                command
+            }
+            _ => {
+                let launch = self.launch(&tree.bootstrap, &tree.blobs, dir)?;
+                // User-mode Linux asks the device for the name of the share.
+                let tagged = self != Program::Nydusd;
+                return if tagged { launch.arg("--tag").arg(TAG) } else { launch }.spawn();
+            }
         };
-        let program = Parts::install(&["virtiofsd"])?.path("virtiofsd")?;
-        let sock = dir.join(format!("virtiofsd-{pool}.sock"));
-        let mut command = Command::new(program);
+        let sock =
+            dir.join(self.name().replace(", ", "-").replace(' ', "-")).with_extension("sock");
         command.arg("--socket-path").arg(&sock).arg("--shared-dir").arg(&tree.root);
-        command.args(["--tag", TAG]);
-        command.args(["--cache", "always", "--sandbox", "none", "--log-level", "error"]);
-        command.arg("--thread-pool-size").arg(pool.to_string());
-        // It keeps a descriptor for each name that the guest knows; file handles are its way out where this machine
-        // does not let it have so many.
-        let (_, limit) = descriptor_limits();
-        if limit < tree.names.len() as u64 * 2 {
-            command.arg("--inode-file-handles=prefer");
-        }
-        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.args(["--tag", TAG, "--cache", "always", "--sandbox", "none"]);
+        command.args(["--log-level", "error"]).stdin(Stdio::null()).stdout(Stdio::null());
         Daemon::spawn(command, &sock)
     }
 
     /// Request queues that it can serve.
     pub fn queues(self) -> usize {
-        if matches!(self, Program::Rafsd | Program::Polling) { 2 } else { 1 }
+        if self.name().starts_with("rafsd") { 2 } else { 1 }
     }
 
     /// A guest of a daemon that is this program: INIT is done.

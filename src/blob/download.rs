@@ -47,6 +47,11 @@ async fn download(blob: Arc<Blob>, mut units: Vec<Unit>) {
         for (mut unit, reason) in bad {
             let another = blob.backend.mistrust(&blob.info.id, unit.stored.clone());
             if fetched_twice(&unit) && !another {
+                if blob.is_stored_elsewhere(&unit.slot).await && unit.relocate() {
+                    unit.bad = None;
+                    again.push(unit);
+                    continue;
+                }
                 fail(vec![unit], bad_bytes(&blob, reason));
                 continue;
             }

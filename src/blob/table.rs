@@ -1,16 +1,21 @@
-//! The context table of a blob and the digests of its chunks: loaded once, with the first chunk.
+//! The context table of a blob and the digests of its chunks: made or loaded once, with the first chunk.
+//!
+//! Where the chunk table of the bootstrap has a record of each chunk, as nearly always, it stands for the
+//! context table, and nothing is fetched. Digests tell whether it was right about where chunks are;
+//! if one does not match, whatever is asked, the blob's own table has the last word.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError};
 
 use sha2::{Digest, Sha256};
+use tokio::sync::OnceCell;
 use zerocopy::FromBytes;
 
 use super::claim::Claim;
 use super::error::{ChunkFailure, chain};
 use super::flight::{Slot, within};
 use super::store::{Blob, DigestSource};
-use crate::rafs::ci::{ChunkForm, ChunkInfos};
+use crate::rafs::ci::{ChunkForm, ChunkInfo, ChunkInfos};
 use crate::rafs::id::ChunkIndex;
 use crate::rafs::layout::{BlobFeatures, CI_HEADER_SIZE, CiHeader, MAX_CHUNKS};
 use crate::rafs::toc::{PackedBlob, SectionKind, Source};
@@ -27,6 +32,10 @@ pub type TableSlot = Slot<Result<(), ChunkFailure>>;
 /// Where the chunks of a blob are and what they must be.
 pub struct Table {
     pub infos: ChunkInfos,
+    /// `infos` are what the chunk table of the bootstrap says.
+    of_records: bool,
+    /// What the blob itself says, if it was asked and says something else about stored bytes.
+    own: OnceCell<Option<ChunkInfos>>,
     /// SHA-256 of the context table: images that agree on it may share a cache file.
     pub layout: [u8; 32],
     digests: ChunkDigests,
@@ -62,6 +71,30 @@ impl Table {
         let layout = Sha256::digest(&table).into();
         let infos = ChunkInfos::parse(blob, table, header)?;
         let digests = image.chunk_digests(blob.index)?;
+        Table::checked(blob, layout, infos, digests, strict)
+    }
+
+    /// The table that the records of the bootstrap stand for; `None` if they do not say enough, or contradict
+    /// each other.
+    fn of_records(image: &Bootstrap, blob: &BlobInfo) -> Option<Table> {
+        let digests = image.chunk_digests(blob.index).ok()?;
+        let entries = digests.entries(blob)?;
+        let layout = Sha256::digest(&entries).into();
+        let infos = ChunkInfos::of_entries(blob, entries)
+            .inspect_err(|e| log::debug!("blob {}: chunk table: {}", blob.id, chain(e)))
+            .ok()?;
+        let mut table = Table::checked(blob, layout, infos, digests, true).ok()?;
+        (table.of_records, table.confirmed) = (true, AtomicBool::new(true));
+        Some(table)
+    }
+
+    fn checked(
+        blob: &BlobInfo,
+        layout: [u8; 32],
+        infos: ChunkInfos,
+        digests: ChunkDigests,
+        strict: bool,
+    ) -> Result<Table, FormatError> {
         let (mut records, mut checksums) = (0u32, 0u32);
         for i in 0..infos.len() {
             let index = ChunkIndex(i);
@@ -91,7 +124,13 @@ impl Table {
         };
         let section = OnceLock::new();
         let confirmed = AtomicBool::new(false);
-        Ok(Table { infos, layout, digests, section, digest_source, confirmed })
+        let (of_records, own) = (false, OnceCell::new());
+        Ok(Table { infos, of_records, own, layout, digests, section, digest_source, confirmed })
+    }
+
+    /// Where chunk `index` is, stored and uncompressed.
+    pub fn place(&self, index: ChunkIndex) -> Option<ChunkInfo> {
+        self.own.get().and_then(Option::as_ref).unwrap_or(&self.infos).get(index)
     }
 
     /// What chunk `index` is compared with.
@@ -223,6 +262,11 @@ impl Load {
     }
 
     async fn table(&self) -> Result<Table, ChunkFailure> {
+        let blob = self.blob.clone();
+        let of_records = move || Table::of_records(&blob.image, &blob.info);
+        if let Some(table) = self.blob.on_worker(of_records).await? {
+            return Ok(table);
+        }
         if let Some(table) = self.saved().await? {
             return Ok(table);
         }
@@ -356,6 +400,27 @@ impl Load {
 }
 
 impl Blob {
+    /// A chunk does not match its digest, whoever is asked. If the chunk table of the bootstrap told where it
+    /// is, the blob is asked for its own context table: true if that says something else about any
+    /// chunk. Once for each blob and process, unless the backend fails.
+    pub(super) async fn is_stored_elsewhere<R: Clone>(self: &Arc<Self>, waiter: &Slot<R>) -> bool {
+        let Some(table) = self.table.get().filter(|table| table.of_records) else { return false };
+        let ask = || async {
+            let slot = Arc::new(TableSlot::new(self.store.epoch, waiter.until()));
+            let own = Load { blob: self.clone(), slot }.fetch().await?;
+            if own.layout == table.layout {
+                return Ok(None);
+            }
+            log::warn!(
+                "blob {}: its context table says something else about where chunks are stored than \
+                 the bootstrap, and is believed",
+                self.info.id
+            );
+            Ok::<_, ChunkFailure>(Some(own.infos))
+        };
+        table.own.get_or_try_init(ask).await.is_ok_and(Option::is_some)
+    }
+
     /// Decompresses, checks and saves what was fetched: the stored table and its header.
     fn parse_table(&self, bytes: &[u8], strict: bool) -> Result<Table, FormatError> {
         let info = &self.info;

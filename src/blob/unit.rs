@@ -103,6 +103,15 @@ impl Unit {
         unit
     }
 
+    /// Looks again where the unit is stored, after that turned out to be another place; false if it is the
+    /// same.
+    pub fn relocate(&mut self) -> bool {
+        let info = self.info(self.chunks.start);
+        let before = self.stored.clone();
+        self.stored = info.compressed_offset..info.compressed_end();
+        self.stored != before
+    }
+
     pub fn piece(&self) -> Piece {
         Piece { stored: self.stored.clone(), uncompressed: self.uncompressed }
     }
@@ -112,7 +121,7 @@ impl Unit {
     }
 
     fn info(&self, index: u32) -> ChunkInfo {
-        self.table().infos.get(ChunkIndex(index)).expect("units lie inside the table")
+        self.table().place(ChunkIndex(index)).expect("units lie inside the table")
     }
 
     fn batch_size(&self, batch: u32) -> u32 {

@@ -12,11 +12,12 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::error::BuildError;
 use super::pipeline::Settings;
+use crate::rafs::ci::v1_entry;
 use crate::rafs::codec::Compressor;
 use crate::rafs::id::BlobId;
 use crate::rafs::layout::{
     BLOCK_SIZE, BlobEntry, BlobFeatures, CI_HEADER_SIZE, CI_MAGIC, ChunkFlags, ChunkRecord,
-    CiHeader, CiV1, MAX_COMPRESSED_SIZE,
+    CiHeader, MAX_COMPRESSED_SIZE,
 };
 
 /// What every blob of this builder is: version 1 of the chunk-info array.
@@ -127,7 +128,7 @@ impl<W: Write> BlobWriter<W> {
             if *size != record.uncompressed_size.get() {
                 record.flags |= U32::new(ChunkFlags::COMPRESSED.bits());
             }
-            table.extend_from_slice(ci_entry(record).as_bytes());
+            table.extend_from_slice(v1_entry(record).as_bytes());
         }
         let packed = settings
             .compressor
@@ -192,59 +193,5 @@ impl<W: Write> BlobWriter<W> {
     pub(super) fn into_parts(mut self) -> Result<([u8; 32], u64, W), BuildError> {
         self.out.flush().map_err(|source| BuildError::WriteBlob { source })?;
         Ok((self.hash.finalize().into(), self.offset, self.out))
-    }
-}
-
-/// The entry of the chunk-info array, version 1, for a stored chunk.
-///
-/// First word: bits 8..12 and 44..64 are bits 20..24 and 0..20 of the uncompressed size less one,
-/// bits 12..44 those of the uncompressed offset. Second word: bits 0..40 are the compressed offset,
-/// bits 40..44 and 44..64 the compressed size less one.
-fn ci_entry(record: &ChunkRecord) -> CiV1 {
-    let uncompressed_size = u64::from(record.uncompressed_size.get() - 1);
-    let compressed_size = u64::from(record.compressed_size.get() - 1);
-    CiV1 {
-        uncompressed: U64::new(
-            record.uncompressed_offset.get()
-                | (uncompressed_size >> 20) << 8
-                | (uncompressed_size & 0xF_FFFF) << 44,
-        ),
-        compressed: U64::new(
-            record.compressed_offset.get()
-                | (compressed_size >> 20) << 40
-                | (compressed_size & 0xF_FFFF) << 44,
-        ),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn chunk_info_entries_are_those_of_the_worked_example_and_use_the_high_nibbles() {
-        // (uncompressed offset, size, compressed offset, size, bytes)
-        let cases: [(u64, u32, u64, u32, &str); 3] = [
-            (0, 5, 0, 5, "00000000004000000000000000400000"),
-            (0x3000, 808, 0x2005, 808, "00300000007032000520000000703200"),
-            // 16 MiB and 4 MiB - 1: bits above the twentieth.
-            (
-                0xFF0_1234_5000,
-                1 << 24,
-                0xAB_CDEF_0123,
-                0x3F_FFFF,
-                "005f3412f0ffffff2301efcdabe3ffff",
-            ),
-        ];
-        for (uncompressed_offset, uncompressed_size, compressed_offset, compressed_size, bytes) in
-            cases
-        {
-            let mut record = ChunkRecord::new_zeroed();
-            record.uncompressed_offset = U64::new(uncompressed_offset);
-            record.uncompressed_size = U32::new(uncompressed_size);
-            record.compressed_offset = U64::new(compressed_offset);
-            record.compressed_size = U32::new(compressed_size);
-            assert_eq!(hex::encode(ci_entry(&record).as_bytes()), bytes);
-        }
     }
 }

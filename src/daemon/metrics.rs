@@ -80,12 +80,20 @@ fn cache_rows() -> [Row<blob::Counters>; 17] {
 }
 
 /// What the device counts.
-fn device_rows() -> [Row<device::Counters>; 5] {
+fn device_rows() -> [Row<device::Counters>; 8] {
     [
         ("vmm_connections", "VMMs that connected", None, |c| &c.connections_total),
         ("requests", "Requests taken out of a ring, well-formed or not", None, |c| {
             &c.requests_total
         }),
+        ("guest_calls", "Times a guest was told of answers", None, |c| &c.calls_total),
+        (
+            "poll_hits",
+            "Times a queue looked for a request instead of sleeping, and it came",
+            None,
+            |c| &c.poll_hits_total,
+        ),
+        ("poll_misses", "Times it did not come", None, |c| &c.poll_misses_total),
         ("held_requests", "Requests that had to wait", None, |c| &c.held_total),
         ("lost_requests", "Requests whose wait broke off without a result", None, |c| {
             &c.held_lost_total

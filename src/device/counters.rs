@@ -11,6 +11,12 @@ pub struct Counters {
     pub connections_total: AtomicU64,
     /// Requests taken out of a ring, well-formed or not.
     pub requests_total: AtomicU64,
+    /// Times a guest was told to look at a used ring.
+    pub calls_total: AtomicU64,
+    /// Times a queue looked for the next request instead of sleeping, and it came.
+    pub poll_hits_total: AtomicU64,
+    /// Times it did not come meanwhile.
+    pub poll_misses_total: AtomicU64,
     /// Requests that had to wait for something, mostly for chunks.
     pub held_total: AtomicU64,
     /// Requests answered EIO because what they waited for broke off without a result.

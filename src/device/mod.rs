@@ -18,6 +18,7 @@ mod inflight;
 mod intake;
 mod memory;
 mod parked;
+mod polling;
 mod queue;
 mod ring;
 mod session;
@@ -46,6 +47,7 @@ use crate::fuse::SharedMemory;
 
 pub use counters::Counters;
 pub use parked::{Parked, ParkedRequest};
+pub use polling::BusyPoll;
 pub use socket::Listener;
 pub use stop::Stop;
 
@@ -140,8 +142,8 @@ pub struct DeviceConfig {
     pub memory_slots: bool,
     /// How many of them whoever asks is told to use: 1 to `request_queues`.
     pub advised_queues: u16,
-    /// How long a queue looks for the next request before it sleeps; zero: not at all.
-    pub busy_poll: Duration,
+    /// How long a queue looks for the next request before it sleeps.
+    pub busy_poll: BusyPoll,
 }
 
 /// Why the device cannot be, or cannot go on.

@@ -27,16 +27,18 @@ use super::held::{Held, HeldTable, Inbox, Note};
 use super::inflight::Record;
 use super::memory::Memory;
 use super::parked::{Listed, ParkedRequest};
+use super::polling::{BusyPoll, GAP, Polling};
 use super::split::{Jump, Parts, SplitRing, View};
 use super::{Outcome, Serve, Wait};
 
 /// Chains taken before the worker looks at its inbox again.
 const BATCH: u32 = 64;
-/// Answers after which the guest is told at the latest.
-const SIGNAL_AFTER_ANSWERS: u32 = 32;
-/// Bytes of answers after which the guest is told at the latest: it need not wait for a whole batch
-/// of big reads to get the first.
-const SIGNAL_AFTER_BYTES: u32 = 512 * 1024;
+/// After so many answers or bytes of answers the guest is told at the latest: it need not wait for a
+/// whole batch to get the first. Telling is a system call, and wakes a guest that sleeps.
+const TELL_AFTER: (u32, u32) = (32, 512 * 1024);
+/// The same while the queue polls, as then there are processors to spare. The first answer of a batch is
+/// announced at once: the guest wakes up while the others are made.
+const TELL_SOON_AFTER: (u32, u32) = (4, 64 * 1024);
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -55,8 +57,8 @@ pub(super) struct Shared<S: Serve> {
     pub counters: Arc<Counters>,
     pub complaints: Arc<Complaints>,
     pub runtime: Handle,
-    /// How long to look for the next request before sleeping; zero: not at all.
-    pub busy_poll: Duration,
+    /// How long to look for the next request before sleeping.
+    pub busy_poll: BusyPoll,
 }
 
 impl<S: Serve> Shared<S> {
@@ -66,6 +68,7 @@ impl<S: Serve> Shared<S> {
 
     /// Tells the guest to look at the used ring.
     pub(super) fn signal(&self) {
+        count(&self.counters.calls_total);
         signal(&self.call);
     }
 
@@ -144,6 +147,10 @@ pub(super) struct Worker<S: Serve> {
     checked: Option<u64>,
     /// Where the ring stood before an available index that could not be.
     jumped_from: Option<u16>,
+    /// When to look for the next request instead of sleeping.
+    polling: Polling,
+    /// Since when there has been nothing to do, if the worker has slept meanwhile.
+    idle_since: Option<Instant>,
     /// Answers given back since the guest was last told.
     unsignalled: u32,
     /// Their length, in bytes.
@@ -166,6 +173,8 @@ impl<S: Serve> Worker<S> {
         record: Option<Record>,
     ) -> Self {
         Worker {
+            polling: Polling::new(shared.busy_poll),
+            idle_since: None,
             shared,
             order,
             ring,
@@ -198,6 +207,9 @@ impl<S: Serve> Worker<S> {
             if self.turn(memory.load()) {
                 continue;
             }
+            if self.polling.learns() && self.idle_since.is_none() {
+                self.idle_since = Some(Instant::now());
+            }
             match &mut doorbell {
                 Some(doorbell) => doorbell.wait(),
                 None => std::thread::sleep(POLL_INTERVAL),
@@ -212,11 +224,15 @@ impl<S: Serve> Worker<S> {
         let parts = self.ring.parts(memory);
         let view = parts.as_ref().and_then(Parts::view);
         let Some(view) = self.check(memory, view) else { return false };
+        self.learn(&view);
         self.read_notes(&view);
         while let Some(head) = self.held.next_again() {
             self.serve(&view, memory, head);
         }
         self.ring.disable_kicks(&view);
+        let eager = !self.polling.window().is_zero();
+        let (answers, bytes) = if eager { TELL_SOON_AFTER } else { TELL_AFTER };
+        let mut most = if eager { 1 } else { answers };
         let mut taken = 0;
         let mut end = End::Batch;
         while taken < BATCH && !self.order.to_halt() {
@@ -238,9 +254,8 @@ impl<S: Serve> Worker<S> {
                 }
             }
             taken += 1;
-            if self.unsignalled >= SIGNAL_AFTER_ANSWERS
-                || self.unsignalled_bytes >= SIGNAL_AFTER_BYTES
-            {
+            if self.unsignalled >= most || self.unsignalled_bytes >= bytes {
+                most = answers;
                 self.signal(&view);
             }
         }
@@ -258,32 +273,65 @@ impl<S: Serve> Worker<S> {
         }
     }
 
+    /// Whether there is something to do.
+    fn has_work(&self, view: &View<'_>) -> bool {
+        self.ring.has_more(view) || self.shared.inbox().has_notes()
+    }
+
+    /// Takes note of how long the worker has slept, when that has brought something.
+    fn learn(&mut self, view: &View<'_>) {
+        if let Some(since) = self.idle_since
+            && self.has_work(view)
+        {
+            let now = Instant::now();
+            self.polling.slept(now - since, now);
+            self.idle_since = None;
+        }
+    }
+
     /// Looks for something to do for as long as the ring is to be polled; the guest need not kick
     /// meanwhile. False if nothing came.
-    fn linger(&self, view: &View<'_>) -> bool {
+    fn linger(&mut self, view: &View<'_>) -> bool {
         /// Looks at the ring between two looks at the clock.
         const LOOKS: u32 = 64;
-        let limit = self.shared.busy_poll;
-        if limit.is_zero() {
+        let window = self.polling.window();
+        if window.is_zero() {
             return false;
         }
         let begin = Instant::now();
-        loop {
-            for _ in 0..LOOKS {
-                if self.ring.has_more(view)
-                    || self.shared.inbox().has_notes()
-                    || self.order.to_halt()
-                {
-                    return true;
-                }
+        let mut last = begin;
+        let mut processor_time: Option<(Instant, Duration)> = None;
+        let found = loop {
+            let found = (0..LOOKS).any(|_| {
                 std::hint::spin_loop();
+                self.has_work(view) || self.order.to_halt()
+            });
+            let now = Instant::now();
+            if now - last >= GAP
+                && let Some((since, used)) = processor_time
+                && (now - since).saturating_sub(thread_time() - used) >= GAP
+            {
+                self.polling.lost_processor(now);
+                break found;
             }
-            if begin.elapsed() >= limit {
-                return false;
+            if found || now - begin >= window {
+                break found;
             }
+            if processor_time.is_none() && self.polling.learns() {
+                processor_time = Some((now, thread_time()));
+            }
+            last = now;
             // Whoever we have just called may have been woken on this very processor.
             std::thread::yield_now();
+        };
+        if found {
+            self.polling.found();
+            count(&self.shared.counters.poll_hits_total);
+        } else {
+            self.idle_since = self.polling.learns().then_some(begin);
+            count(&self.shared.counters.poll_misses_total);
         }
+        found
     }
 
     /// Complains, once for each memory, if the ring is not in it.
@@ -494,6 +542,12 @@ impl<S: Serve> Worker<S> {
             self.shared.signal();
         }
     }
+}
+
+/// Processor time of the calling thread.
+fn thread_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// Why a turn is over.

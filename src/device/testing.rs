@@ -21,7 +21,7 @@ use vm_memory::guest_memory::FileOffset;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Counters, Device, DeviceConfig, Listener, Outcome, Serve, Stop, Wait};
+use super::{BusyPoll, Counters, Device, DeviceConfig, Listener, Outcome, Serve, Stop, Wait};
 
 pub const HEADER: usize = 40;
 pub const LIMIT: Duration = Duration::from_secs(5);
@@ -217,11 +217,11 @@ pub struct Daemon {
 
 impl Daemon {
     pub fn start(request_queues: u16) -> Daemon {
-        Daemon::start_polling(request_queues, Duration::ZERO)
+        Daemon::start_polling(request_queues, BusyPoll::default())
     }
 
-    /// With queues that look for the next request for as long as `busy_poll`.
-    pub fn start_polling(request_queues: u16, busy_poll: Duration) -> Daemon {
+    /// With queues that look for the next request as `busy_poll` says.
+    pub fn start_polling(request_queues: u16, busy_poll: BusyPoll) -> Daemon {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fs.sock");
         let runtime =

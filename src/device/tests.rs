@@ -14,6 +14,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::BusyPoll;
 use super::testing::*;
 
 mod inflight;
@@ -574,7 +575,7 @@ fn without_event_idx_a_polling_guest_is_not_called() {
 
 #[test]
 fn a_queue_that_polls_needs_no_kick() {
-    let daemon = Daemon::start_polling(1, Duration::from_secs(600));
+    let daemon = Daemon::start_polling(1, BusyPoll::For(Duration::from_secs(600)));
     let mut vmm = Vmm::started(&daemon.path, 2);
     vmm.echo(1, 0);
     for slot in 1..20 {

@@ -1,9 +1,14 @@
-//! The chunk table: digests of chunks, needed to verify data and not to find it.
+//! The chunk table: digests of chunks, needed to verify data. Where it has a record of each chunk of a blob,
+//! it also tells all that the blob's own context table tells, so that this need not be fetched.
 
+use zerocopy::IntoBytes;
+
+use super::blob_table::BlobInfo;
 use super::bootstrap::Bootstrap;
+use super::ci::v1_entry;
 use super::error::{FormatError, Result};
 use super::id::{BlobIndex, ChunkIndex};
-use super::layout::ChunkRecord;
+use super::layout::{BLOCK_SIZE, BlobFeatures, ChunkFlags, ChunkRecord};
 
 /// No record for this chunk.
 const NONE: u32 = u32::MAX;
@@ -65,5 +70,34 @@ impl ChunkDigests {
     pub fn record(&self, index: ChunkIndex) -> Option<&ChunkRecord> {
         let i = *self.records.get(usize::try_from(index.0).ok()?)?;
         self.bootstrap.chunk_records().get(usize::try_from(i).ok()?)
+    }
+
+    /// The context table of `blob`, decompressed, byte for byte, if the records tell it: there is one for
+    /// each chunk, and the blob's table has entries of version 1, which are nothing but sizes and
+    /// places. What is inside a batch only the blob itself tells.
+    pub fn entries(&self, blob: &BlobInfo) -> Option<Vec<u8>> {
+        let records = self.bootstrap.chunk_records().len() as u64;
+        if blob.features.contains(BlobFeatures::CHUNK_INFO_V2) || records < blob.chunk_count.into()
+        {
+            return None;
+        }
+        let unlike = ChunkFlags::HOLE | ChunkFlags::ENCRYPTED | ChunkFlags::BATCH;
+        let size = |size: u32| (1..=1 << 24).contains(&size);
+        let mut table = Vec::with_capacity(usize::try_from(blob.ci_uncompressed_size).ok()?);
+        for index in 0..blob.chunk_count {
+            let record = self.record(ChunkIndex(index))?;
+            let (stored, place) =
+                (record.compressed_offset.get(), record.uncompressed_offset.get());
+            let fits = size(record.compressed_size.get())
+                && size(record.uncompressed_size.get())
+                && stored < 1 << 40
+                && place < 1 << 44
+                && place.is_multiple_of(BLOCK_SIZE);
+            if !fits || ChunkFlags::from_bits_retain(record.flags.get()).intersects(unlike) {
+                return None;
+            }
+            table.extend_from_slice(v1_entry(record).as_bytes());
+        }
+        (table.len() as u64 == blob.ci_uncompressed_size).then_some(table)
     }
 }

@@ -11,12 +11,13 @@
 use std::ops::Range;
 
 use zerocopy::FromBytes;
+use zerocopy::little_endian::U64;
 
 use super::blob_table::BlobInfo;
 use super::error::{FormatError, Result};
 use super::id::ChunkIndex;
 use super::layout::{
-    BLOCK_SIZE, BatchContext, BlobFeatures, CI_MAGIC, CiHeader, CiV1, CiV2, MAX_CHUNKS,
+    BLOCK_SIZE, BatchContext, BlobFeatures, CI_MAGIC, ChunkRecord, CiHeader, CiV1, CiV2, MAX_CHUNKS,
 };
 
 /// Most bytes a batch may hold after decompression.
@@ -114,6 +115,18 @@ impl ChunkInfos {
             return Err(bad(contexts as u64, format!("{contexts_len} bytes behind the entries")));
         }
         let infos = ChunkInfos { table, count, v2, contexts, batches };
+        infos.check_entries(blob)?;
+        Ok(infos)
+    }
+
+    /// Checks the entries, of version 1, that the chunk table of the bootstrap stands for
+    /// ([`ChunkDigests::entries`](super::chunk_table::ChunkDigests::entries)).
+    pub fn of_entries(blob: &BlobInfo, entries: Vec<u8>) -> Result<Self> {
+        let (count, contexts) = (blob.chunk_count, entries.len());
+        if usize::try_from(count).ok().and_then(|n| n.checked_mul(V1_SIZE)) != Some(contexts) {
+            return Err(bad(0, format!("{contexts} bytes for {count} entries")));
+        }
+        let infos = ChunkInfos { table: entries, count, v2: false, contexts, batches: 0 };
         infos.check_entries(blob)?;
         Ok(infos)
     }
@@ -352,6 +365,29 @@ fn v1_size(word: u64, high: u64) -> u32 {
     u32::try_from(less_one).expect("24 bits") + 1
 }
 
+/// The entry, version 1, of a chunk that is stored as `record` says; the reverse of [`v1`]. Sizes are not 0
+/// and have at most 24 bits, offsets 40 and 44.
+///
+/// First word: bits 8..12 and 44..64 are bits 20..24 and 0..20 of the uncompressed size less one,
+/// bits 12..44 those of the uncompressed offset. Second word: bits 0..40 are the compressed offset,
+/// bits 40..44 and 44..64 the compressed size less one.
+pub fn v1_entry(record: &ChunkRecord) -> CiV1 {
+    let uncompressed_size = u64::from(record.uncompressed_size.get() - 1);
+    let compressed_size = u64::from(record.compressed_size.get() - 1);
+    CiV1 {
+        uncompressed: U64::new(
+            record.uncompressed_offset.get()
+                | (uncompressed_size >> 20) << 8
+                | (uncompressed_size & 0xF_FFFF) << 44,
+        ),
+        compressed: U64::new(
+            record.compressed_offset.get()
+                | (compressed_size >> 20) << 40
+                | (compressed_size & 0xF_FFFF) << 44,
+        ),
+    }
+}
+
 fn v1(entry: CiV1) -> ChunkInfo {
     let (uncompressed, compressed) = (entry.uncompressed.get(), entry.compressed.get());
     let uncompressed_size = v1_size(uncompressed, uncompressed >> 8);
@@ -403,8 +439,8 @@ fn bad(offset: u64, reason: String) -> FormatError {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use zerocopy::FromZeros;
-    use zerocopy::little_endian::{U32, U64};
+    use zerocopy::little_endian::U32;
+    use zerocopy::{FromZeros, IntoBytes};
 
     use super::*;
     use crate::rafs::codec::{Compressor, Digester};
@@ -503,6 +539,33 @@ mod tests {
             assert_eq!(infos.unit(ChunkIndex(i)), Some(i..i + 1));
         }
         assert_eq!(infos.get(ChunkIndex(9)), None);
+    }
+
+    #[test]
+    fn chunk_info_entries_are_those_of_the_worked_example_and_use_the_high_nibbles() {
+        // (uncompressed offset, size, compressed offset, size, bytes)
+        let cases: [(u64, u32, u64, u32, &str); 3] = [
+            (0, 5, 0, 5, "00000000004000000000000000400000"),
+            (0x3000, 808, 0x2005, 808, "00300000007032000520000000703200"),
+            // 16 MiB and 4 MiB - 1: bits above the twentieth.
+            (
+                0xFF0_1234_5000,
+                1 << 24,
+                0xAB_CDEF_0123,
+                0x3F_FFFF,
+                "005f3412f0ffffff2301efcdabe3ffff",
+            ),
+        ];
+        for (uncompressed_offset, uncompressed_size, compressed_offset, compressed_size, bytes) in
+            cases
+        {
+            let mut record = ChunkRecord::new_zeroed();
+            record.uncompressed_offset = U64::new(uncompressed_offset);
+            record.uncompressed_size = U32::new(uncompressed_size);
+            record.compressed_offset = U64::new(compressed_offset);
+            record.compressed_size = U32::new(compressed_size);
+            assert_eq!(hex::encode(v1_entry(&record).as_bytes()), bytes);
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ use log::LevelFilter;
 
 use super::host::{FailoverPolicy, HostOptions};
 use super::version::VERSION;
+use crate::device::BusyPoll;
 use crate::fuse::{Cache, DaxPolicy, MountPath};
 
 pub use dax::DaxFlags;
@@ -90,8 +91,8 @@ pub struct Options {
     pub dax: DaxFlags,
     /// 1 to 64; none: as many as a VMM wants, and those that ask are told the number of processors.
     pub request_queues: Option<u16>,
-    /// How long a queue looks for the next request before it sleeps; zero: not at all.
-    pub busy_poll: Duration,
+    /// How long a queue looks for the next request before it sleeps.
+    pub busy_poll: BusyPoll,
     /// Threads that decompress and verify; 0: chosen by the number of processors.
     pub workers: u16,
     /// How long a guest's read may wait for a backend.
@@ -173,13 +174,13 @@ struct Cli {
 
     /// How long a queue looks for the next request before it sleeps
     ///
-    /// Default: 0, not at all. A number with a unit, at most 10ms: 50us. Answers come sooner, as the
-    /// guest need not wake the queue's thread; that thread then takes a processor as long as requests
-    /// follow each other so closely, and that much longer after the last one. For guests whose requests
-    /// are few and wait for each other, on hosts with processors to spare.
-    #[arg(long, global = true, value_name = "DURATION", help_heading = "Device",
+    /// Default: auto. A queue that has its next request soon after going to sleep looks for it for up
+    /// to 50us from then on, which spares the guest the time to wake it; one whose guest takes longer,
+    /// or whose processor others want, sleeps at once. off or 0: always at once. A number with a unit,
+    /// at most 10ms: for that long each time.
+    #[arg(long, global = true, value_name = "WHEN", help_heading = "Device",
           value_parser = busy_poll)]
-    busy_poll: Option<Duration>,
+    busy_poll: Option<BusyPoll>,
 
     /// What guests map of images in place of reading: off, shared or private
     ///
@@ -535,12 +536,16 @@ fn duration(text: &str) -> Result<Duration, String> {
     range.contains(&time).then_some(time).ok_or_else(|| "use 1ms to 24h".to_owned())
 }
 
-fn busy_poll(text: &str) -> Result<Duration, String> {
-    if text == "0" {
-        return Ok(Duration::ZERO);
+fn busy_poll(text: &str) -> Result<BusyPoll, String> {
+    match text {
+        "auto" => return Ok(BusyPoll::Auto),
+        "off" | "0" => return Ok(BusyPoll::For(Duration::ZERO)),
+        _ => {}
     }
-    let time = humantime::parse_duration(text).map_err(|e| e.to_string())?;
-    (time <= Duration::from_millis(10)).then_some(time).ok_or_else(|| "use 0 to 10ms".to_owned())
+    let time = humantime::parse_duration(text)
+        .map_err(|e| format!("use auto, off or a time of at most 10ms: {e}"))?;
+    let fits = time <= Duration::from_millis(10);
+    fits.then_some(BusyPoll::For(time)).ok_or_else(|| "use auto, off or at most 10ms".to_owned())
 }
 
 #[cfg(test)]
@@ -617,10 +622,13 @@ mod tests {
         assert_eq!(o.read_timeout, Duration::from_millis(1500));
         assert_eq!((o.workers, o.request_queues), (3, Some(2)));
         assert_eq!(options("--sock S").request_queues, None);
-        for (text, want) in [("0", 0), ("0s", 0), ("50us", 50), ("10ms", 10_000)] {
+        for (text, want) in [("off", 0), ("0", 0), ("0s", 0), ("50us", 50), ("10ms", 10_000)] {
             let line = format!("--sock S --busy-poll {text}");
-            assert_eq!(options(&line).busy_poll, Duration::from_micros(want), "{text}");
+            let want = BusyPoll::For(Duration::from_micros(want));
+            assert_eq!(options(&line).busy_poll, want, "{text}");
         }
+        assert_eq!(options("--sock S --busy-poll auto").busy_poll, BusyPoll::Auto);
+        assert_eq!(options("--sock S").busy_poll, BusyPoll::Auto);
         assert_eq!(options("--sock S --log-rotation-size 2 -L x").log_rotation_bytes, 2 << 20);
         for bad in [
             "--sock S --read-timeout 5",
