@@ -109,6 +109,9 @@ impl Seen {
     }
 }
 
+/// What a line may have missed and makes up for.
+const LATE: Duration = Duration::from_millis(1);
+
 struct State {
     blobs: PathBuf,
     settings: Mutex<Settings>,
@@ -301,7 +304,9 @@ impl State {
         let Some(rate) = self.settings().bytes_per_second else { return };
         let takes = Duration::from_secs_f64(len as f64 / rate as f64);
         let mut line = self.line.lock().expect("no panic under this lock");
-        *line = (*line).max(Instant::now()) + takes;
+        // A thread that woke a little late has not made the line slower.
+        let now = Instant::now();
+        *line = (*line).max(now.checked_sub(LATE).unwrap_or(now)) + takes;
         let until = *line;
         drop(line);
         thread::sleep(until.saturating_duration_since(Instant::now()));

@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::counters::add;
 use super::gate::Class;
@@ -39,6 +40,8 @@ const FILES_IN_ORDER: u32 = 3;
 /// and at most so many.
 const FILE_SHARE: u64 = 3;
 const FILE_MOST: u64 = 128 << 10;
+/// How long the first answer of a source is waited for.
+const FIRST_ANSWER: Duration = Duration::from_secs(5);
 /// A guess of fewer bytes is not worth a request.
 const LEAST: u64 = 4 << 10;
 
@@ -198,6 +201,22 @@ impl State {
 impl Blob {
     /// Somebody waits for `units`, in the order of their chunks, that are downloaded now.
     pub(super) fn missed(self: &Arc<Self>, units: &[Range<u32>]) {
+        if self.amplify() > 0 && self.link.estimate().0.is_none() {
+            // How much is worth asking for is known when the first answer begins.
+            self.learn_files();
+            let (blob, units) = (self.clone(), units.to_vec());
+            self.store.runtime.spawn(async move {
+                let first = blob.link.measured_once();
+                if tokio::time::timeout(FIRST_ANSWER, first).await.is_ok() {
+                    blob.guess_after(&units);
+                }
+            });
+            return;
+        }
+        self.guess_after(units);
+    }
+
+    fn guess_after(self: &Arc<Self>, units: &[Range<u32>]) {
         let (product, width) = (self.link.product(), self.width());
         if product == 0 || self.amplify() == 0 || self.ahead.listed.load(Ordering::Relaxed) > 0 {
             return;
@@ -261,14 +280,21 @@ impl Blob {
 
     /// Puts `runs`, in the order of their urgency, in front of the queue.
     fn ask(self: &Arc<Self>, mut state: MutexGuard<'_, State>, runs: Vec<Range<u32>>) {
-        for run in runs.into_iter().rev() {
+        for mut run in runs.into_iter().rev() {
+            // What a reader who goes on will want is asked for in the order in which it will.
+            if let Some(before) = state.queue.iter().position(|queued| queued.end == run.start) {
+                run.start = state.queue.remove(before).map_or(run.start, |before| before.start);
+            }
             state.queue.push_front(run);
         }
         state.queue.truncate(MAX_QUEUE);
         if !state.queue.is_empty() && !std::mem::replace(&mut state.running, true) {
             let blob = self.clone();
             self.store.runtime.spawn(async move {
-                while let Some(run) = blob.next_guess() {
+                loop {
+                    // First, so that what is sent is the latest guess.
+                    let _turn = blob.link.turn().await;
+                    let Some(run) = blob.next_guess() else { break };
                     let admitted = blob.admit(Class::ReadAhead, &run).await;
                     blob.store.runtime.spawn(blob.clone().fetch_early(run, admitted));
                 }
@@ -280,7 +306,16 @@ impl Blob {
         let mut state = self.ahead.state();
         let next = state.queue.pop_front();
         state.running = next.is_some();
-        next
+        let (mut next, table) = (next?, self.table.get()?);
+        let near = self.neighbourhood(table);
+        let piece = near.following(next.start, self.link.piece(), false);
+        // At least one unit, however large.
+        let end = piece.end.max(Places::unit(near.places, next.start).end);
+        if end < next.end {
+            state.queue.push_front(end..next.end);
+            next.end = end;
+        }
+        Some(next)
     }
 
     /// Most bytes asked for early because of one chunk; 0: nothing is ever (config `amplify_io`,

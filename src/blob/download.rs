@@ -11,9 +11,10 @@ use super::error::{ChunkFailure, chain};
 use super::fetch::{fail, release, runs, timeout};
 use super::flight::{Slot, within};
 use super::gate::Class;
+use super::line::OnLine;
 use super::plan;
 use super::store::Blob;
-use super::transfer::{Admitted, Failure, Incoming, Limit, Pace, Transfer, transfer};
+use super::transfer::{Admitted, Failure, Incoming, Leave, Limit, Pace, Transfer, transfer};
 use super::unit::{Bad, Unit};
 use crate::backend::{BackendError, Outage};
 
@@ -28,19 +29,25 @@ pub fn start(blob: &Arc<Blob>, mut units: Vec<Unit>) {
         let pieces: Vec<_> = units.iter().map(Unit::piece).collect();
         plan::requests(&pieces, plan::request_size(blob.link.product()))
     }) {
+        // At once, so that no guess is sent before it.
+        let line = OnLine::new(&blob.link, units.iter().map(Unit::stored_len).sum());
         let task: Pin<Box<dyn Future<Output = ()> + Send>> =
-            Box::pin(download(blob.clone(), units));
+            Box::pin(download(blob.clone(), units, line));
         blob.store.runtime.spawn(task);
     }
 }
 
 /// Downloads units that one request covers, repeating what fails.
-async fn download(blob: Arc<Blob>, mut units: Vec<Unit>) {
+async fn download(blob: Arc<Blob>, mut units: Vec<Unit>, line: OnLine) {
     let started = Instant::now();
+    let mut line = Some(line);
     let mut attempts = 0;
     while !units.is_empty() {
         attempts += 1;
-        let Transfer { pending, bad, failure, .. } = transfer(&blob, units, None).await;
+        let Transfer { pending, bad, failure, .. } = {
+            let line = line.take().unwrap_or_else(|| OnLine::new(&blob.link, 0));
+            transfer(&blob, units, Leave::Demand(line)).await
+        };
         units = pending;
         let fetched_twice = |unit: &Unit| unit.bad.is_some();
         let mut again = Vec::new();
@@ -104,7 +111,8 @@ pub async fn download_early(
     units: Vec<Unit>,
     admitted: Admitted,
 ) -> (Option<Admitted>, Option<EarlyFailure>) {
-    let Transfer { pending, bad, failure, admitted } = transfer(blob, units, Some(admitted)).await;
+    let Transfer { pending, bad, failure, admitted } =
+        transfer(blob, units, Leave::Early(admitted)).await;
     let mut rest = pending;
     for (mut unit, reason) in bad {
         blob.backend.mistrust(&blob.info.id, unit.stored.clone());
@@ -186,7 +194,8 @@ impl Blob {
     ) -> Result<Vec<u8>, ChunkFailure> {
         self.attempt(slot, range.clone(), || async {
             let _request = self.link.requests.pass(Class::Demand, 1).await;
-            let pace = Pace::new(self, Class::Demand, VecDeque::new());
+            let line = OnLine::new(&self.link, range.end - range.start);
+            let pace = Pace::new(self, Class::Demand, line, VecDeque::new());
             let mut incoming = Incoming::open(self, range.clone(), pace).await?;
             let len = usize::try_from(range.end - range.start).unwrap_or(0);
             let mut bytes = Vec::with_capacity(len.min(16 << 20));

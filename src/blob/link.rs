@@ -7,15 +7,18 @@
 //! time of one answer: so many bytes more in a request cost no more than a request more.
 //!
 //! What nobody waits for is bounded in bytes, by the same product: whoever comes next never finds
-//! more than that in front of it.
+//! more than that in front of it. Guesses are sent one after the other, each when the link will be free for
+//! its answer ([`Link::turn`]).
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::gate::{Gate, Limits};
+use super::gate::{Class, Gate, Limits, Permit};
+use super::line::Line;
 
 /// Requests on their way to one source at once, and the parts that less urgent ones may have.
 const MAX_REQUESTS: Limits = [64, 40, 40, 16];
@@ -32,9 +35,19 @@ const FIRST_LISTED_BYTES: u64 = 2 << 20;
 const FIRST_LOW_BYTES: u64 = 1 << 20;
 /// A shorter latency is that of this host; nothing is gained by asking early.
 const NEAR: Duration = Duration::from_millis(1);
-/// From this latency on as much is asked for early as the link carries in its time; with half of it,
-/// half of that.
+/// From this latency on as much is asked for early as the link carries in its time; with half of it, a
+/// quarter of that: a miss costs little where answers come soon, a guess what it always costs.
 const FAR: Duration = Duration::from_millis(5);
+/// Longest time for which a guess waits for the link: what is on its way may never come.
+const MAX_TURN: Duration = Duration::from_secs(1);
+/// How often it is looked whether a guess may be sent, and how early it may be, so that the link
+/// does not run dry in between.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+const EARLY: Duration = Duration::from_millis(2);
+/// One guess has at most one in so many of the bytes that the link carries in the time of an answer, so that
+/// whoever comes just behind it waits for no more; but so many bytes are worth a request.
+const PIECES: u64 = 4;
+const LEAST_PIECE: u64 = 64 << 10;
 /// For so many latencies after the last demand more demand is expected.
 const DEMAND_LINGERS: u32 = 2;
 
@@ -44,6 +57,9 @@ pub struct Link {
     pub requests: Arc<Gate>,
     /// One permit for each stored byte that was asked for early and has not come.
     pub early: Arc<Gate>,
+    /// For the one who waits until a guess may be sent.
+    turn: Arc<Gate>,
+    line: Mutex<Line>,
     measured: Mutex<Measured>,
     /// Requests that somebody waits for, and those of them whose bytes are coming.
     demand: AtomicU32,
@@ -51,7 +67,8 @@ pub struct Link {
     /// When demand was there last, in milliseconds since `epoch`.
     last_demand_ms: AtomicU64,
     epoch: Instant,
-    /// Wakes those that give way, when they need not any more.
+    /// Wakes those that give way, when they need not any more, and those that know nothing, after the
+    /// first answer.
     pub changed: Notify,
 }
 
@@ -62,6 +79,8 @@ impl Link {
         Link {
             requests: Gate::new(MAX_REQUESTS),
             early: Gate::new(limits),
+            turn: Gate::new([1; 4]),
+            line: Mutex::default(),
             measured,
             demand: AtomicU32::new(0),
             streaming: AtomicU32::new(0),
@@ -94,10 +113,65 @@ impl Link {
         self.measured().width()
     }
 
+    /// Requests on their way.
+    pub fn line(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the answer to a guess that is sent now would find the link free. Only one guess waits: the
+    /// next one when the permit is dropped.
+    pub async fn turn(&self) -> Permit {
+        let permit = self.turn.pass(Class::ReadAhead, 1).await;
+        let start = Instant::now();
+        loop {
+            let taken = match self.known() {
+                Some((latency, bandwidth)) => self.line().taken(Instant::now(), latency, bandwidth),
+                None => Duration::ZERO,
+            };
+            if taken <= EARLY || start.elapsed() >= MAX_TURN {
+                return permit;
+            }
+            tokio::time::sleep((taken - EARLY).min(LOOK_AGAIN)).await;
+        }
+    }
+
+    /// Most bytes of one guess.
+    pub fn piece(&self) -> u64 {
+        match self.known() {
+            Some(_) => (self.product() / PIECES).max(LEAST_PIECE),
+            None => u64::MAX,
+        }
+    }
+
+    /// Latency and bandwidth, once both were measured. As long as the link is too quick for that, there is
+    /// nothing to be kept free.
+    fn known(&self) -> Option<(Duration, u64)> {
+        let measured = self.measured();
+        Some((measured.latency()?, measured.bandwidths.quantile(3, 4)?))
+    }
+
+    /// Waits until the first answer has come: then something is known.
+    pub async fn measured_once(&self) {
+        loop {
+            let mut changed = pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if self.estimate().0.is_some() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     /// The first bytes of an answer came, `latency` after its request.
     pub fn answered(&self, latency: Duration) {
-        self.measured().latencies.add(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        let mut measured = self.measured();
+        let first = measured.latency().is_none();
+        measured.latencies.add(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        drop(measured);
         self.refresh();
+        if first {
+            self.changed.notify_waiters();
+        }
     }
 
     /// Sets the bounds anew: the estimates or the demand may have changed.
@@ -178,8 +252,8 @@ impl Stream {
 
     /// Nobody takes its bytes for a while, so they measure nothing.
     pub fn pause(&mut self) {
-        if std::mem::replace(&mut self.open, false) {
-            self.link.measured().meter.end();
+        if std::mem::replace(&mut self.open, false) && self.link.measured().ended(Instant::now()) {
+            self.link.refresh();
         }
     }
 
@@ -229,7 +303,7 @@ impl Measured {
     fn width(&self) -> u64 {
         let far = FAR.as_micros();
         let latency = self.latency().unwrap_or_default().as_micros().min(far);
-        let width = u128::from(self.product()) * latency / far;
+        let width = u128::from(self.product()) * latency * latency / (far * far);
         u64::try_from(width).unwrap_or(u64::MAX)
     }
 
@@ -251,6 +325,19 @@ impl Measured {
             self.bandwidths.add(bandwidth);
         }
         sample.is_some()
+    }
+}
+
+impl Measured {
+    /// A stream has ended. True if the estimate may have changed: what came too quickly to be measured
+    /// shows that the link is quicker than was thought.
+    fn ended(&mut self, now: Instant) -> bool {
+        let least = self.meter.end(now);
+        let better = least.filter(|rate| self.bandwidths.quantile(3, 4).is_none_or(|b| b < *rate));
+        if let Some(rate) = better {
+            self.bandwidths.add(rate);
+        }
+        better.is_some()
     }
 }
 
@@ -304,11 +391,16 @@ impl Meter {
         }
     }
 
-    fn end(&mut self) {
+    /// What the link carries at least, in bytes per second, if much came in less than the time of a measurement.
+    fn end(&mut self, now: Instant) -> Option<u64> {
         self.streams = self.streams.saturating_sub(1);
-        if self.streams == 0 {
-            self.since = None;
+        if self.streams > 0 {
+            return None;
         }
+        let took = now.saturating_duration_since(self.since.take()?);
+        let quick = took < Self::MIN_TIME && self.bytes >= Self::MIN_BYTES;
+        let micros = u64::try_from(Self::MIN_TIME.as_micros()).unwrap_or(u64::MAX);
+        quick.then(|| self.bytes.saturating_mul(1_000_000) / micros)
     }
 
     /// A measurement, in bytes per second, if it is time for one.
@@ -343,7 +435,7 @@ mod tests {
             now += step;
             measured.received(now, piece);
         }
-        measured.meter.end();
+        measured.ended(now);
         now
     }
 
@@ -368,7 +460,7 @@ mod tests {
             measured.meter.begin(now);
             measured.received(now, 300_000);
             measured.received(now + 80 * MS, 300_000);
-            measured.meter.end();
+            measured.ended(now + 80 * MS);
             now += 100 * MS;
         }
         let latency = measured.latency().unwrap();
@@ -398,7 +490,7 @@ mod tests {
     #[test]
     fn the_nearer_a_source_the_less_is_guessed() {
         // (latency in ms, bytes at 100 MiB/s)
-        let cases = [(1, 20_971), (2, 83_886), (5, MIB / 2), (10, MIB), (20, 2 * MIB)];
+        let cases = [(1, 4194), (2, 33_554), (4, 268_435), (5, MIB / 2), (10, MIB), (20, 2 * MIB)];
         for (ms, want) in cases {
             let mut measured = Measured::default();
             measured.latencies.add(ms * 1000);
@@ -418,9 +510,32 @@ mod tests {
         for i in 0..100u32 {
             measured.meter.begin(now + i * 20 * MS);
             measured.received(now + i * 20 * MS, 5000);
-            measured.meter.end();
+            measured.ended(now + i * 20 * MS);
         }
         assert_eq!(measured.bandwidth(), FIRST_BANDWIDTH);
+    }
+
+    #[test]
+    fn a_link_that_becomes_quicker_is_found_out() {
+        let (mut measured, mut now) = (Measured::default(), Instant::now());
+        for _ in 0..16 {
+            measured.bandwidths.add(10 * MIB);
+        }
+        for _ in 0..16 {
+            // A guess of 256 KiB that comes within a quarter of a millisecond.
+            measured.meter.begin(now);
+            measured.received(now + MS / 4, 256 << 10);
+            measured.ended(now + MS / 4);
+            now += 20 * MS;
+        }
+        assert_eq!(measured.bandwidth(), 125 * MIB, "so much in 2 ms at least");
+        // One that is known to be quicker is not made slower by it.
+        measured.bandwidths = Samples::default();
+        measured.bandwidths.add(1000 * MIB);
+        measured.meter.begin(now);
+        measured.received(now, 256 << 10);
+        assert!(!measured.ended(now + MS / 4));
+        assert_eq!(measured.bandwidth(), 1000 * MIB);
     }
 
     #[test]

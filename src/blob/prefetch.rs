@@ -372,7 +372,10 @@ impl Job {
                 }
                 return Some(run);
             }
-            job.failures.store(0, Ordering::Relaxed);
+            // What was here already says nothing about the source.
+            if fetched > 0 {
+                job.failures.store(0, Ordering::Relaxed);
+            }
             job.done.fetch_add(bytes, Ordering::Relaxed);
             add(&job.store.counters.prefetch_done_bytes_total, bytes);
             None

@@ -19,6 +19,7 @@ use futures_util::{FutureExt, StreamExt};
 use super::error::chain;
 use super::flight::within;
 use super::gate::{Class, Permit};
+use super::line::OnLine;
 use super::link::{Demand, Link, Stream};
 use super::store::Blob;
 use super::unit::{Bad, Unit, UnitSlot};
@@ -42,6 +43,8 @@ pub struct Admitted {
     budget: Permit,
     /// Bytes that are on their way early.
     early: Permit,
+    /// Its place on the link, until it is sent.
+    line: Option<OnLine>,
 }
 
 impl Admitted {
@@ -65,7 +68,8 @@ impl Blob {
         };
         let request = self.link.requests.pass(class, 1).await;
         let budget = self.store.budget.pass(class, cost).await;
-        Admitted { class, request, budget, early }
+        let line = Some(OnLine::new(&self.link, stored));
+        Admitted { class, request, budget, early, line }
     }
 
     /// Stored bytes of `chunks`, and bytes of memory that it takes to make them readable.
@@ -129,13 +133,20 @@ impl Limit {
     }
 }
 
+/// Why a request may be sent.
+pub enum Leave {
+    /// Somebody waits for it.
+    Demand(OnLine),
+    Early(Admitted),
+}
+
 /// Sends one request for `units`, which are in the order of their stored bytes, and handles each as
-/// its bytes come. Without `admitted` somebody waits for them.
-pub async fn transfer(
-    blob: &Arc<Blob>,
-    units: Vec<Unit>,
-    mut admitted: Option<Admitted>,
-) -> Transfer {
+/// its bytes come.
+pub async fn transfer(blob: &Arc<Blob>, units: Vec<Unit>, leave: Leave) -> Transfer {
+    let (line, mut admitted) = match leave {
+        Leave::Demand(line) => (Some(line), None),
+        Leave::Early(mut admitted) => (admitted.line.take(), Some(admitted)),
+    };
     let mut result =
         Transfer { pending: Vec::new(), bad: Vec::new(), failure: None, admitted: None };
     let limit = Limit::new(&units, blob.store.epoch);
@@ -151,7 +162,9 @@ pub async fn transfer(
             let costs = units.as_slice().iter().map(cost).sum();
             demand_budget = Some(blob.store.budget.pass(Class::Demand, costs).await);
         }
-        let pace = Pace::new(blob, class, limit.slots.iter().cloned().collect());
+        let line = line.unwrap_or_else(|| OnLine::new(&blob.link, 0));
+        line.sent(range.end - range.start);
+        let pace = Pace::new(blob, class, line, limit.slots.iter().cloned().collect());
         let mut incoming = Incoming::open(blob, range, pace).await?;
         limit.progress();
         while let Some(next) = units.as_slice().first() {
@@ -204,6 +217,7 @@ pub struct Pace {
     /// they do not: it was sent among them, and together they use the link best.
     wanted: bool,
     demand: Option<Demand>,
+    line: OnLine,
     /// Once bytes have come.
     stream: Option<Stream>,
     sent: Instant,
@@ -211,8 +225,9 @@ pub struct Pace {
 }
 
 impl Pace {
-    pub fn new(blob: &Blob, class: Class, slots: VecDeque<Arc<UnitSlot>>) -> Pace {
+    pub fn new(blob: &Blob, class: Class, line: OnLine, slots: VecDeque<Arc<UnitSlot>>) -> Pace {
         Pace {
+            line,
             wanted: class == Class::Demand,
             demand: (class == Class::Demand).then(|| blob.link.demand()),
             link: blob.link.clone(),
@@ -264,6 +279,7 @@ impl Pace {
     }
 
     fn received(&mut self, bytes: usize) {
+        self.line.received(bytes as u64);
         match &self.stream {
             Some(stream) => stream.received(bytes),
             None => {

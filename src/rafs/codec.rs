@@ -2,6 +2,7 @@
 //!
 //! Decompression never writes or allocates more than the caller asked for, whatever the input says.
 
+use std::cell::RefCell;
 use std::io::Read;
 
 use super::layout::ImageFlags;
@@ -67,31 +68,30 @@ impl Compressor {
     /// Fills `out` exactly from `input`; anything else is an error.
     pub fn decompress(self, input: &[u8], out: &mut [u8]) -> Result<(), CodecError> {
         let damaged = |reason: String| CodecError::Damaged { compressor: self, reason };
-        let got =
-            match self {
-                Compressor::None => {
-                    if input.len() == out.len() {
-                        out.copy_from_slice(input);
-                    }
-                    input.len()
+        let got = match self {
+            Compressor::None => {
+                if input.len() == out.len() {
+                    out.copy_from_slice(input);
                 }
-                Compressor::Lz4Block => lz4_flex::block::decompress_into(input, out)
-                    .map_err(|e| damaged(e.to_string()))?,
-                Compressor::Zstd => zstd::bulk::decompress_to_buffer(input, out)
-                    .map_err(|e| damaged(e.to_string()))?,
-                Compressor::Gzip => {
-                    let mut stream = flate2::read::GzDecoder::new(input);
-                    let mut got = 0;
-                    while got < out.len() {
-                        match stream.read(&mut out[got..]).map_err(|e| damaged(e.to_string()))? {
-                            0 => break,
-                            n => got += n,
-                        }
+                input.len()
+            }
+            Compressor::Lz4Block => {
+                lz4_flex::block::decompress_into(input, out).map_err(|e| damaged(e.to_string()))?
+            }
+            Compressor::Zstd => zstd_into(input, out).map_err(|e| damaged(e.to_string()))?,
+            Compressor::Gzip => {
+                let mut stream = flate2::read::GzDecoder::new(input);
+                let mut got = 0;
+                while got < out.len() {
+                    match stream.read(&mut out[got..]).map_err(|e| damaged(e.to_string()))? {
+                        0 => break,
+                        n => got += n,
                     }
-                    // One byte more tells a longer member from one that ends here, and checks its CRC.
-                    got + stream.read(&mut [0]).map_err(|e| damaged(e.to_string()))?
                 }
-            };
+                // One byte more tells a longer member from one that ends here, and checks its CRC.
+                got + stream.read(&mut [0]).map_err(|e| damaged(e.to_string()))?
+            }
+        };
         if got != out.len() {
             return Err(CodecError::WrongSize { compressor: self, got, want: out.len() });
         }
@@ -115,6 +115,19 @@ impl Compressor {
         };
         Ok((out.len() < input.len()).then_some(out))
     }
+}
+
+/// Decompresses with a context that each thread keeps: making one takes as long as a small chunk does.
+fn zstd_into(input: &[u8], out: &mut [u8]) -> std::io::Result<usize> {
+    thread_local! {
+        static CONTEXT: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+    }
+    CONTEXT.with_borrow_mut(|kept| {
+        let mut context = kept.take().map_or_else(zstd::bulk::Decompressor::new, Ok)?;
+        let got = context.decompress_to_buffer(input, out);
+        *kept = Some(context);
+        got
+    })
 }
 
 impl Digester {
