@@ -11,6 +11,8 @@ mod bars;
 mod cold;
 #[path = "bench/cold_start.rs"]
 mod cold_start;
+#[path = "bench/dax.rs"]
+mod dax;
 #[path = "bench/growth.rs"]
 mod growth;
 #[path = "bench/guest.rs"]
@@ -55,7 +57,7 @@ struct Args {
     #[arg(long)]
     quick: bool,
     /// Only these sections, separated by commas: walk, stat, random, sequential, small, cold-reads, cold-start, stall,
-    /// files, blobs, images, guest. Nothing is written to docs/.
+    /// files, blobs, images, guest, dax. Nothing is written to docs/.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Runs of each contender (default 5, quick 3).
@@ -214,8 +216,8 @@ fn versions() -> Result<String> {
 }
 
 /// Everything but the warm workloads, which share their daemons, in the order of the page.
-const OTHERS: [&str; 7] =
-    ["cold-reads", "cold-start", "stall", "files", "blobs", "images", "guest"];
+const OTHERS: [&str; 8] =
+    ["cold-reads", "cold-start", "stall", "files", "blobs", "images", "guest", "dax"];
 
 /// Measures the sections that are wanted, one after the other.
 fn measure(settings: &Settings, scratch: &Path, results: &mut Results) -> Result<()> {
@@ -246,6 +248,9 @@ fn measure(settings: &Settings, scratch: &Path, results: &mut Results) -> Result
             "files" => growth::measure(settings, few, scratch),
             "blobs" => pieces::blobs(settings, few, scratch),
             "images" => pieces::images(few, &tree, scratch),
+            // Boots of guests take their time.
+            "dax" if settings.quick && settings.only.is_empty() => continue,
+            "dax" => dax::measure(1, scratch),
             _ => guest::measure(few, &tree, scratch),
         }
         .with_context(|| (*name).to_owned())?;

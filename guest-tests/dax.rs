@@ -9,11 +9,14 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+
 use support::daemon::{Daemon, Launch};
 use support::frontend::{Vm, VmConfig};
 use support::fuse_abi::{ROOT_ID, init, op};
 use support::fuse_client::{Fuse, setup_mapping};
-use support::image::{Image, pattern};
+use support::image::{Image, create, pattern};
+use support::virtqueue::{Segment, Virtqueue};
 use support::window::{Event, Takes, Window};
 use support::{assert_same, to_usize};
 
@@ -47,6 +50,10 @@ struct Guest {
 impl Guest {
     fn boot(daemon: &Daemon, image: &Image, takes: Takes) -> Guest {
         let config = VmConfig { window: Some(takes), ..VmConfig::default() };
+        Guest::boot_with(daemon, image, config)
+    }
+
+    fn boot_with(daemon: &Daemon, image: &Image, config: VmConfig) -> Guest {
         let mut vm = daemon.boot(config).unwrap();
         let mut fuse = vm.fuse(1);
         let window = Arc::clone(vm.window().expect("the daemon offers one"));
@@ -284,6 +291,149 @@ fn a_vmm_that_does_not_answer_holds_up_nobody() {
     assert!(begin.elapsed() < LIMIT);
     next.check_file(0, RANGE, 0);
     silent.be_silent(false);
+}
+
+/// An image of two files: one of four ranges, and one whose single range is made of every second chunk
+/// of the first half.
+fn in_many_pieces(dir: &std::path::Path) -> (Image, Vec<u8>) {
+    let (tree, blobs, bootstrap) = (dir.join("tree"), dir.join("blobs"), dir.join("bootstrap"));
+    fs::create_dir(&tree).unwrap();
+    fs::create_dir(&blobs).unwrap();
+    let chunk = 64 << 10;
+    let first = pattern(0, 0, to_usize(4 * RANGE));
+    let second: Vec<u8> = first.chunks(chunk).step_by(2).take(32).flatten().copied().collect();
+    assert_eq!(second.len() as u64, RANGE);
+    fs::write(tree.join("f0000"), &first).unwrap();
+    fs::write(tree.join("f0001"), &second).unwrap();
+    let arguments = [
+        "--chunk-size".as_ref(),
+        "0x10000".as_ref(),
+        "--bootstrap".as_ref(),
+        bootstrap.as_os_str(),
+        "--blob-dir".as_ref(),
+        blobs.as_os_str(),
+        tree.as_os_str(),
+    ];
+    create(&arguments).unwrap();
+    let image = Image { bootstrap, blobs, files: 2, file_size: RANGE, chunk_size: chunk as u64 };
+    (image, second)
+}
+
+/// QEMU ends at 512 mappings. A range that would take too many of them is copied, and is one.
+#[test]
+fn mappings_never_run_out() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (image, pieces) = in_many_pieces(scratch.path());
+    let daemon =
+        dax(image.launch(scratch.path()), "--dax shared --dax-window 512M").spawn().unwrap();
+    let mut guest = Guest::boot(&daemon, &image, Takes::ReadOnly);
+    let [whole, pieced] = [guest.nodes[0], guest.nodes[1]];
+    assert!(guest.is_dax(whole) && !guest.is_dax(pieced), "many pieces are better read");
+    let ranges = guest.window.size() / RANGE;
+    guest.window.events();
+    let mut mapped = Vec::new();
+    for range in 0..20 {
+        guest.fuse.map(pieced, 0, range * RANGE).unwrap();
+        assert_same(&guest.window.read(range * RANGE, pieces.len()), &pieces, range);
+        let events = guest.window.events();
+        assert!(events.iter().all(|event| matches!(event, Event::Map(_, _, true))), "{events:?}");
+        mapped.push(events.len());
+    }
+    // 480 in all, of which one for each of the 256 ranges.
+    assert_eq!(mapped[..8], [32, 32, 32, 32, 32, 32, 32, 1]);
+    assert!(mapped[8..].iter().all(|&count| count == 1), "{mapped:?}");
+    for range in 20..ranges {
+        guest.fuse.map(whole, range % 4 * RANGE, range * RANGE).unwrap();
+    }
+    assert_eq!(guest.window.live().len() as u64, 7 * 32 + ranges - 7);
+    // What a range gives back another may have.
+    guest.fuse.unmap(&[(0, RANGE)]).unwrap();
+    guest.window.events();
+    guest.fuse.map(pieced, 0, 19 * RANGE).unwrap();
+    assert_eq!(guest.window.events().len(), 1 + 32, "the copy's end, and its pieces");
+    assert_same(&guest.window.read(19 * RANGE, pieces.len()), &pieces, "mapped in place of copied");
+    for range in 20..ranges {
+        let want = pattern(0, range % 4 * RANGE, to_usize(RANGE));
+        assert_same(&guest.window.read(range * RANGE, want.len()), &want, range);
+    }
+    assert!(guest.window.live().len() <= 480);
+    guest.fuse.destroy().unwrap();
+    assert_eq!(guest.window.live(), []);
+}
+
+/// A READ of `len` bytes to any address of guest memory, by hand. The length of the answer.
+fn read_to(guest: &mut Guest, queue: &mut Virtqueue, node: u64, to: u64, len: u32) -> u32 {
+    let request = guest.vm.memory.alloc(80);
+    let mut bytes = vec![0; 80];
+    bytes[..4].copy_from_slice(&80u32.to_le_bytes());
+    bytes[4..8].copy_from_slice(&op::READ.to_le_bytes());
+    bytes[8..16].copy_from_slice(&77u64.to_le_bytes());
+    bytes[16..24].copy_from_slice(&node.to_le_bytes());
+    bytes[56..60].copy_from_slice(&len.to_le_bytes());
+    request.write(0, &bytes);
+    let header = guest.vm.memory.alloc(16);
+    let segment = |addr, len, writable| Segment { addr, len, writable };
+    let chain = [
+        segment(request.addr(), 80, false),
+        segment(header.addr(), 16, true),
+        segment(to, len, true),
+    ];
+    queue.add(&chain).unwrap();
+    queue.flush();
+    assert!(queue.wait(Instant::now() + LIMIT), "the chain comes back");
+    queue.pop().unwrap().len
+}
+
+/// QEMU shows all that is mapped as guest memory: a guest may have a read put where the window is.
+#[test]
+fn a_read_into_the_window() {
+    const PLACE: u64 = 1 << 40;
+    let (scratch, image) = image(1, 2 * RANGE);
+    for policy in ["private", "shared"] {
+        let launch = image.launch(scratch.path()).named(policy);
+        let daemon = dax(launch, &format!("--dax {policy} --dax-window 16M")).spawn().unwrap();
+        let config =
+            VmConfig { window: Some(Takes::ReadOnly), request_queues: 2, ..VmConfig::default() };
+        let mut guest = Guest::boot_with(&daemon, &image, config);
+        let mut queue = guest.vm.take_queue(2);
+        let node = guest.nodes[0];
+        guest.fuse.map(node, RANGE, RANGE).unwrap();
+        let before = guest.window.read(RANGE, to_usize(RANGE));
+        guest.vm.show_window(PLACE).unwrap();
+        let len = read_to(&mut guest, &mut queue, node, PLACE + RANGE + 8192, 65_536);
+        let after = guest.window.read(RANGE, to_usize(RANGE));
+        if policy == "private" {
+            assert_eq!(len, 16 + 65_536);
+            assert_same(&after[8192..8192 + 65_536], &pattern(0, 0, 65_536), "what was read");
+            assert_same(&after[8192 + 65_536..], &before[8192 + 65_536..], "what is behind it");
+        } else {
+            assert!(len <= 16, "an answer of {len} bytes, to what is for reading only");
+            assert_same(&after, &before, "the cache");
+        }
+        // The queue goes on, and so does the window.
+        let buffer = guest.vm.memory.alloc(4096);
+        assert_eq!(read_to(&mut guest, &mut queue, node, buffer.addr(), 4096), 16 + 4096);
+        assert_same(&buffer.to_vec(0, 4096), &pattern(0, 0, 4096), policy);
+        guest.check_file(0, 2 * RANGE, 2 * RANGE);
+    }
+}
+
+/// QEMU 11.1.3 ends when it has memory slots and a guest with a writable mapping is reset.
+#[test]
+fn memory_slots_are_not_offered_with_a_writable_mapping() {
+    let (scratch, image) = image(1, RANGE);
+    let cases = [
+        ("--dax off", true),
+        ("--dax private", false),
+        ("--dax shared", true),
+        ("--dax shared --dax-fallback private", false),
+    ];
+    for (number, (flags, offered)) in cases.into_iter().enumerate() {
+        let launch = image.launch(scratch.path()).named(&number.to_string());
+        let daemon = dax(launch, flags).spawn().unwrap();
+        let vm = daemon.boot(VmConfig::default()).unwrap();
+        assert_eq!(vm.protocol.contains(Protocol::CONFIGURE_MEM_SLOTS), offered, "{flags}");
+    }
 }
 
 #[test]

@@ -32,13 +32,27 @@ fn the_python_image() {
     let built = convert(RealImage::Python, dir.path(), &["--digester", "sha256"]);
     check_by_rafs_reader(&built, &describe(&RealImage::Python.tree().unwrap()), dir.path());
     fsck_and_mount(RealImage::Python, &built, dir.path());
+    assert_eq!(in_pieces(&built), 0, "ranges of a DAX window that are no single mapping");
 }
 
 #[test]
 fn the_node_image_in_lz4_and_small_chunks() {
     let dir = tempfile::tempdir().unwrap();
     let options = ["--compressor", "lz4_block", "--chunk-size", "0x10000"];
-    fsck_and_mount(RealImage::Node, &convert(RealImage::Node, dir.path(), &options), dir.path());
+    let built = convert(RealImage::Node, dir.path(), &options);
+    fsck_and_mount(RealImage::Node, &built, dir.path());
+    // A few files are parts of others.
+    assert!(in_pieces(&built) <= 10, "{} ranges are no single mapping", in_pieces(&built));
+}
+
+/// How many ranges of 2 MiB, of all files, lie in more than one piece in the blobs.
+fn in_pieces(built: &Built) -> u64 {
+    let path = built.bootstrap.to_str().unwrap();
+    let done = rafs(&["inspect", "--json", path], b"");
+    let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let count = |name: &str| report["counts"][name].as_u64().unwrap();
+    assert!(count("ranges") > 10_000, "{report}");
+    count("ranges") - count("ranges_in_one_piece")
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The goals that the project has set itself, and whether this run has met them.
 
 use super::Results;
+use super::dax;
 use super::report::{Case, LIMIT_PREADV, LIMIT_ROUND_TRIP, OURS, Series, by_rows, show};
 
 /// A goal: what it is about, what is asked, what was measured, whether that is enough.
@@ -157,6 +158,16 @@ fn goals(results: &Results) -> Vec<Option<Goal>> {
             met: ms < 20.0 && rss < 25.0,
         })
     };
+    let window = || {
+        let ours = row(results.rows("dax")?, dax::PRIVATE)?;
+        let (requests, grew) = (ours.median(dax::REQUESTS)?, ours.median(dax::GREW)?);
+        Some(Goal {
+            about: "DAX, second read of a mapped file",
+            asked: "no request, guest's page cache does not grow",
+            measured: format!("{requests:.0} requests, {:.1} MiB", grew.max(0.0)),
+            met: requests == 0.0 && grew < 1.0,
+        })
+    };
     vec![
         walk(),
         stat(),
@@ -173,6 +184,7 @@ fn goals(results: &Results) -> Vec<Option<Goal>> {
         start("cold start, whole blob", "≤ without", "whole blob", off.unwrap_or(0.0) * 1.02),
         cold(),
         mount(),
+        window(),
     ]
 }
 

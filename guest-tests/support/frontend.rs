@@ -595,6 +595,23 @@ impl Vm {
         self.acknowledged(|vm| Ok(vm.front.add_mem_region(&info).map(drop)?)).context("ADD_MEM_REG")
     }
 
+    /// Shows to the back end what it has mapped to the window, as guest memory from `guest_addr` on, as
+    /// QEMU does: region by region, or in a new table where slots were not negotiated.
+    pub fn show_window(&mut self, guest_addr: u64) -> Result<()> {
+        let mapped = self.window.as_ref().context("no window")?.regions(guest_addr)?;
+        let more = mapped.iter().map(|(info, _)| *info);
+        if self.has_slots() {
+            for info in more {
+                self.acknowledged(|vm| Ok(vm.front.add_mem_region(&info).map(drop)?))
+                    .context("ADD_MEM_REG")?;
+            }
+            return Ok(());
+        }
+        let infos: Vec<_> = self.memory.regions().iter().map(|r| r.info()).chain(more).collect();
+        self.acknowledged(|vm| Ok(vm.front.set_mem_table(&infos).map(drop)?))
+            .context("SET_MEM_TABLE")
+    }
+
     /// Hot-unplug of the region at `guest_addr`; its mapping here lives as long as buffers in it.
     pub fn unplug(&mut self, guest_addr: u64) -> Result<Arc<Region>> {
         let region = self.memory.unplug(guest_addr).context("no region there")?;

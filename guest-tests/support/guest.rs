@@ -6,7 +6,7 @@
 //! console. Nothing survives the call: the VM is a process group that is killed at its time limit, and with
 //! the thread that started it.
 //!
-//! One guest runs at a time in a test program, however many threads the tests have: an emulated CPU keeps a
+//! One guest runs at a time in a test program, unless more are asked for, however many threads the tests have: an emulated CPU keeps a
 //! whole one of the host busy. No guest needs root on the host.
 
 use std::fs;
@@ -71,6 +71,7 @@ pub struct Guest {
     /// The device that has a DAX window, in place of `vhost-user-fs-pci`.
     with_window: bool,
     reboots: bool,
+    beside_others: bool,
     watcher: Option<Watcher>,
 }
 
@@ -104,6 +105,7 @@ impl Guest {
             time_limit: TIME_LIMIT,
             with_window: false,
             reboots: false,
+            beside_others: false,
             watcher: None,
         }
     }
@@ -118,6 +120,12 @@ impl Guest {
     /// A reset starts the guest again; otherwise it ends it. QEMU only.
     pub fn reboots(mut self) -> Guest {
         self.reboots = true;
+        self
+    }
+
+    /// While others run.
+    pub fn beside_others(mut self) -> Guest {
+        self.beside_others = true;
         self
     }
 
@@ -189,7 +197,8 @@ impl Guest {
 
     /// Boots the guest and waits for the end of its job.
     pub fn run(&self) -> Result<Report> {
-        let _turn = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = || ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = (!self.beside_others).then(turn);
         let parts = Parts::install(&["guests"])?;
         let scratch = tempfile::Builder::new().prefix("guest-").tempdir()?;
         let (reader, writer) = std::io::pipe()?;

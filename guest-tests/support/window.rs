@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use vhost::VhostUserMemoryRegionInfo;
 use vhost::vhost_user::message::VhostUserMMap;
 use vhost::vhost_user::{FrontendReqHandler, HandlerResult, VhostUserFrontendReqHandler};
 
@@ -43,6 +44,8 @@ pub struct Window {
 struct State {
     /// Length by offset.
     live: BTreeMap<u64, u64>,
+    /// What is mapped there: the file, and where in it.
+    files: BTreeMap<u64, (OwnedFd, u64)>,
     events: Vec<Event>,
     /// Messages are answered only when this is false.
     silent: bool,
@@ -106,6 +109,27 @@ impl Window {
     /// Offset and length of what is mapped, in order.
     pub fn live(&self) -> Vec<(u64, u64)> {
         self.lock().live.iter().map(|(&offset, &len)| (offset, len)).collect()
+    }
+
+    /// What is mapped, as guest memory from `guest_addr` on: what QEMU 11.1 shows to the back end. With
+    /// the descriptors, which must live until they were sent.
+    pub fn regions(
+        &self,
+        guest_addr: u64,
+    ) -> io::Result<Vec<(VhostUserMemoryRegionInfo, OwnedFd)>> {
+        let state = self.lock();
+        let region = |(&offset, (file, file_offset)): (&u64, &(OwnedFd, u64))| {
+            let file = rustix::io::dup(file)?;
+            let info = VhostUserMemoryRegionInfo {
+                guest_phys_addr: guest_addr + offset,
+                memory_size: state.live[&offset],
+                userspace_addr: self.addr as u64 + offset,
+                mmap_offset: *file_offset,
+                mmap_handle: file.as_raw_fd(),
+            };
+            Ok((info, file))
+        };
+        state.files.iter().map(region).collect()
     }
 
     /// Stops answering, or goes on.
@@ -186,6 +210,7 @@ impl Window {
         let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         self.place(offset, len, prot, libc::MAP_SHARED, fd, request.fd_offset)?;
         state.live.insert(offset, len);
+        state.files.insert(offset, (rustix::io::dup(file)?, request.fd_offset));
         Ok(!writable)
     }
 
@@ -229,6 +254,7 @@ impl VhostUserFrontendReqHandler for Window {
         let there = state.live.get(&offset) == Some(&len);
         if there {
             state.live.remove(&offset);
+            state.files.remove(&offset);
         }
         drop(state);
         if !there {
