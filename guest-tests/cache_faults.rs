@@ -107,7 +107,7 @@ fn waiters_are_served_when_the_backend_comes_back_in_time() {
         scripted.set(Mode::Good);
         for waiter in waiters {
             let result = runtime.block_on(waiter).unwrap().remove(0);
-            assert!(matches!(result, Ok(ChunkData::Cached)), "{mode:?}");
+            assert!(matches!(result, Ok(ChunkData::Cached)), "{mode:?}: {result:?}");
         }
         let cause = match mode {
             Mode::Fail => BackendCause::Io,

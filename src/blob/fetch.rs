@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::cache_file::{CacheFiles, Geometry};
 use super::claim::Claim;
@@ -27,8 +27,8 @@ use super::transfer::Admitted;
 use super::unit::{Cached, ChunkResult, Keep, Unit, UnitSlot};
 use crate::rafs::id::ChunkIndex;
 
-/// How often opening the cache files is tried on a full or broken disk, in milliseconds.
-const CACHE_RETRY_MS: u64 = 1000;
+/// How often opening the cache files is tried on a full or broken disk.
+const CACHE_RETRY: Duration = Duration::from_secs(1);
 
 impl Blob {
     /// Makes chunks readable: joins downloads on their way, starts the missing ones, verifies.
@@ -286,14 +286,16 @@ impl Blob {
         if let Some(cache) = self.cache.get() {
             return Some(cache);
         }
-        let now = u64::try_from(self.store.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let again = self.cache_retry.load(Ordering::Relaxed);
-        let next = now.saturating_add(CACHE_RETRY_MS);
-        let relaxed = Ordering::Relaxed;
-        if now < again || self.cache_retry.compare_exchange(again, next, relaxed, relaxed).is_err()
-        {
-            return self.cache.get(); // another thread is at it, or has just failed
+        // Who comes meanwhile waits: without the files its chunks could not be kept.
+        let mut retry = self.cache_retry.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cache) = self.cache.get() {
+            return Some(cache);
         }
+        let now = Instant::now();
+        if retry.is_some_and(|retry| now < retry) {
+            return None; // it has just failed
+        }
+        *retry = Some(now + CACHE_RETRY);
         let (dir, table) = (self.store.dir()?, self.table.get()?);
         let geometry = Geometry {
             blob: &self.info.id,

@@ -175,7 +175,7 @@ impl Store {
             files,
             table: OnceLock::new(),
             cache: OnceLock::new(),
-            cache_retry: AtomicU64::new(0),
+            cache_retry: Mutex::default(),
             flights: Mutex::default(),
             loading: Mutex::default(),
             backend_down: AtomicBool::new(false),
@@ -316,8 +316,8 @@ pub struct Blob {
     pub(super) amplify: AtomicU64,
     pub(super) table: OnceLock<Table>,
     pub(super) cache: OnceLock<CacheFiles>,
-    /// When opening the cache files may be tried again, in ms since the store's epoch.
-    pub(super) cache_retry: AtomicU64,
+    /// Held while the cache files are opened; when that may be tried again, if it was tried.
+    pub(super) cache_retry: Mutex<Option<Instant>>,
     /// Downloads and checks on their way, by the first chunk of their unit.
     pub(super) flights: Mutex<HashMap<u32, Arc<UnitSlot>>>,
     /// The load of the context table on its way.
