@@ -378,6 +378,8 @@ impl Manager {
             bytes.extend_from_slice(&buffer[..got.bytes]);
         }
         assert_eq!(asking.join().unwrap().0, 204);
+        let state: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        assert_ne!(state["agreed"], 0, "what the kernel agreed on, however early it is asked for");
         Kept { bytes, fd: fd.expect("a descriptor") }
     }
 

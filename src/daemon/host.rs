@@ -172,7 +172,7 @@ impl Host {
         self.status.supervisor().is_some() && apisock.is_some_and(dead) && mounted()
     }
 
-    /// Mounts, without serving yet.
+    /// Mounts and opens the session, without serving yet.
     ///
     /// # Errors
     ///
@@ -181,7 +181,11 @@ impl Host {
         let (mount, device) = HostMount::new(&self.options.mountpoint, self.options.writable)?;
         let server = Server::new(Arc::clone(self.mounted.table()), self.server);
         let session = HostSession::new(server, device, self.runtime.clone())
-            .map_err(|source| MountHostError::Mount { path: mount.path().to_owned(), source })?;
+            .and_then(|session| session.open().map(|()| session))
+            .map_err(|source| {
+                mount.unmount();
+                MountHostError::Mount { path: mount.path().to_owned(), source }
+            })?;
         *self.phase() = Phase::Ready(Session { mount, session });
         self.status.set_state(State::Ready);
         Ok(())
@@ -273,6 +277,9 @@ impl Host {
             .map_err(|e| HandoverError::Foreign(format!("{:?} error", e.classify())))?;
         if saved.rafsd != VERSION {
             return Err(HandoverError::Foreign(format!("version {}", saved.rafsd)));
+        }
+        if saved.agreed == 0 {
+            return Err(HandoverError::Foreign("a session that was not open".to_owned()));
         }
         let device = fd.ok_or(HandoverError::NoDescriptor)?;
         for SavedMount { at, what } in saved.mounts {

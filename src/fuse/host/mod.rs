@@ -13,8 +13,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use tokio::runtime::Handle;
@@ -33,6 +34,9 @@ use super::wait::{Pins, Wait};
 
 /// Bytes of the longest answer: a read of 1 MiB and its header.
 const REPLY_MAX: usize = (1 << 20) + size_of::<OutHeader>();
+
+/// How long the kernel may take to send INIT, which it does before `mount(2)` returns.
+const INIT_LIMIT: Duration = Duration::from_secs(10);
 
 /// A session on a host mount.
 pub struct HostSession {
@@ -127,6 +131,37 @@ impl HostSession {
             }
         }
         ended
+    }
+
+    /// Answers INIT, which the kernel has sent with the mount: before it nothing is agreed on that
+    /// could be handed to another process. Takes at most [`INIT_LIMIT`].
+    ///
+    /// # Errors
+    ///
+    /// The kernel sends none, or one that is too old, or the mount is gone.
+    pub fn open(self: &Arc<Self>) -> io::Result<()> {
+        let deadline = Instant::now() + INIT_LIMIT;
+        let mut request = vec![0; Request::MAX_LEN];
+        let mut answer = vec![0; REPLY_MAX];
+        while self.server.agreed() == 0 {
+            match rustix::io::read(&self.device, &mut request[..]) {
+                Ok(len) => self.serve_one(&request[..len], &mut answer),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(io::Error::new(io::ErrorKind::TimedOut, "no session begins"));
+                    }
+                    let mut fds = [PollFd::new(&self.device, PollFlags::IN)];
+                    match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
+                        Ok(_) | Err(Errno::INTR) => {}
+                        Err(e) => return Err(e.into()),
+                    }
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Asks the kernel to offer again what was taken and not answered, by the process that had the
