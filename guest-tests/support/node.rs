@@ -99,14 +99,16 @@ impl Node {
             dir,
         };
         node.start_snapshotter()?;
-        wait_for("containerd", || node.ctr(&["version"]).ok())?;
         Ok(node)
     }
 
-    /// As its unit does, and waits until it answers.
+    /// As its unit does, and waits until it answers, and containerd has found it: what containerd could not reach it
+    /// tries again only after up to three seconds, and says meanwhile that the connection was refused.
     pub fn start_snapshotter(&mut self) -> Result<()> {
         self.snapshotter = Some(self.start_unit("nydus-snapshotter.service", "")?);
-        wait_for("nydus-snapshotter", || self.daemons().ok()).map(drop)
+        wait_for("nydus-snapshotter", || self.daemons().ok())?;
+        let list = ["snapshots", "--snapshotter", "nydus", "list"];
+        wait_for("containerd with nydus-snapshotter", || self.ctr(&list).ok()).map(drop)
     }
 
     /// Edits the snapshotter's configuration: in effect when it starts again.
