@@ -22,8 +22,8 @@ use support::virtqueue::{
 use support::{assert_same, say, to_u32};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// How long the device may take to give a malformed chain back.
-const LIMIT: Duration = Duration::from_secs(5);
+/// How long the device may take to give a malformed chain back, on a machine that is busy.
+const LIMIT: Duration = Duration::from_secs(60);
 
 struct Stage {
     daemon: Daemon,
