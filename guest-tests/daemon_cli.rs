@@ -1,4 +1,5 @@
 //! The program as a process: arguments, exit codes, sockets, signals, its log.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
 mod daemon;
 

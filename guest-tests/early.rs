@@ -1,5 +1,7 @@
 //! Fetching before anybody reads: prefetch and read-ahead, and that they stand in nobody's way.
 
+#[path = "support/quick.rs"]
+mod quick;
 mod support;
 
 use std::fs;
@@ -8,12 +10,12 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use quick::ends_at_once;
 use serde_json::{Value, json};
 use support::daemon::Launch;
 use support::fault_registry::{Fault, FaultRegistry};
 use support::frontend::VmConfig;
 use support::image::{Guest, Image};
-use support::quick::ends_at_once;
 use support::registry::Registry;
 use support::say;
 

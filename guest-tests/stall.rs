@@ -1,17 +1,19 @@
 //! The queue never waits: a backend that hangs delays nothing but the reads that need it.
 
+#[path = "support/quick.rs"]
+mod quick;
 mod support;
 
 use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use quick::ends_at_once;
 use support::daemon::Daemon;
 use support::frontend::{Vm, VmConfig};
 use support::fuse_client::{Fuse, FuseError, Ticket};
 use support::hang_fs::{HangFs, Mode};
 use support::image::{Image, pattern};
-use support::quick::ends_at_once;
 use support::{assert_same, say};
 
 const COLD_READS: usize = 256;
