@@ -308,6 +308,18 @@ impl Node {
         logs.filter_map(|path| fs::read_to_string(path).ok()).collect()
     }
 
+    /// Waits until the snapshotter has logged `what` since it started and since it last started a daemon.
+    pub fn wait_for_log(&self, what: &str) -> Result<()> {
+        let path = "/var/lib/containerd/io.containerd.snapshotter.v1.nydus/logs";
+        let log = self.path(path).join("nydus-snapshotter.log");
+        wait_for(what, || {
+            let log = fs::read_to_string(&log).ok()?;
+            let starts = ["Start nydus-snapshotter.", "nydusd command: "];
+            let since = starts.iter().filter_map(|start| log.rfind(start)).max()?;
+            log[since..].contains(what).then_some(())
+        })
+    }
+
     /// All logs, for a test that has failed.
     pub fn logs(&self) -> String {
         let is_log = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "log");
