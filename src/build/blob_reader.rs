@@ -158,7 +158,8 @@ impl<'a> Blobs<'a> {
     fn open(&self, info: BlobInfo, path: &Path) -> Result<Blob> {
         let name = || format!("blob {}", path.display());
         let file = File::open(path).with_context(name)?;
-        let chunks = read_chunks(&file, &info).with_context(name)?;
+        let size = file.metadata().with_context(name)?.len();
+        let chunks = read_chunks(&file, size, &info).with_context(name)?;
         let digests = self.image.bootstrap.chunk_digests(info.index).with_context(name)?;
         Ok(Blob { info, file, chunks, digests })
     }
@@ -169,21 +170,29 @@ fn read_stored(file: &File, info: &ChunkInfo, stored: &mut Vec<u8>) -> Result<()
     Ok(file.read_exact_at(stored, info.compressed_offset)?)
 }
 
-/// Reads and checks the chunk-info array of a blob.
-fn read_chunks(file: &File, info: &BlobInfo) -> Result<ChunkInfos> {
-    let size = file.metadata()?.len();
-    let end = info.ci_offset + info.ci_compressed_size;
-    if end + size_of::<CiHeader>() as u64 > size {
-        bail!("the file of {size} bytes ends before its chunk-info array");
+/// Reads, decompresses and checks the chunk-info array of a blob in a file of `size` bytes.
+///
+/// # Errors
+///
+/// If the file ends before it or cannot be read, or the array is damaged.
+pub(super) fn read_chunks(file: &File, size: u64, info: &BlobInfo) -> Result<ChunkInfos> {
+    let stored_end = info.ci_offset + info.ci_compressed_size;
+    if stored_end + size_of::<CiHeader>() as u64 > size {
+        bail!(
+            "the chunk-info array ends at byte {stored_end} and its header behind that, the file \
+             at {size}"
+        );
     }
-    let mut table = vec![0; usize::try_from(info.ci_compressed_size)?];
-    file.read_exact_at(&mut table, info.ci_offset)?;
+    let buffer = |size: u64| anyhow::Ok(vec![0; usize::try_from(size)?]);
+    let mut table = buffer(info.ci_compressed_size)?;
+    file.read_exact_at(&mut table, info.ci_offset).context("reading the chunk-info array")?;
     if info.ci_compressor != Compressor::None {
-        let mut out = vec![0; usize::try_from(info.ci_uncompressed_size)?];
-        info.ci_compressor.decompress(&table, &mut out)?;
+        let mut out = buffer(info.ci_uncompressed_size)?;
+        info.ci_compressor.decompress(&table, &mut out).context("chunk-info array")?;
         table = out;
     }
     let mut header = CiHeader::new_zeroed();
-    file.read_exact_at(header.as_mut_bytes(), end)?;
+    file.read_exact_at(header.as_mut_bytes(), stored_end)
+        .context("reading the header of the chunk-info array")?;
     Ok(ChunkInfos::parse(info, table, &header)?)
 }

@@ -12,14 +12,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
-use zerocopy::{FromZeros, IntoBytes};
 
 use super::findings::{Findings, Problem, describe};
 use super::{place, progress};
+use crate::build::blob_reader::read_chunks;
 use crate::rafs::ci::{ChunkForm, ChunkInfo, ChunkInfos};
-use crate::rafs::codec::Compressor;
 use crate::rafs::id::{BlobId, BlobIndex, ChunkIndex};
-use crate::rafs::layout::{BlobFeatures, ChunkFlags, CiHeader};
+use crate::rafs::layout::{BlobFeatures, ChunkFlags};
 use crate::rafs::toc::{PackedBlob, Section, SectionKind};
 use crate::rafs::{BlobInfo, Bootstrap, ChunkDigests, FormatError};
 
@@ -244,29 +243,6 @@ impl BlobFile {
         }
         Ok(())
     }
-}
-
-/// Reads, decompresses and checks the chunk-info array.
-fn read_chunks(file: &File, size: u64, info: &BlobInfo) -> Result<ChunkInfos> {
-    let stored_end = info.ci_offset + info.ci_compressed_size;
-    if stored_end + size_of::<CiHeader>() as u64 > size {
-        anyhow::bail!(
-            "the chunk-info array ends at byte {stored_end} and its header behind that, the file \
-             at {size}"
-        );
-    }
-    let buffer = |size: u64| anyhow::Ok(vec![0; usize::try_from(size)?]);
-    let mut table = buffer(info.ci_compressed_size)?;
-    file.read_exact_at(&mut table, info.ci_offset).context("reading the chunk-info array")?;
-    if info.ci_compressor != Compressor::None {
-        let mut out = buffer(info.ci_uncompressed_size)?;
-        info.ci_compressor.decompress(&table, &mut out).context("chunk-info array")?;
-        table = out;
-    }
-    let mut header = CiHeader::new_zeroed();
-    file.read_exact_at(header.as_mut_bytes(), stored_end)
-        .context("reading the header of the chunk-info array")?;
-    Ok(ChunkInfos::parse(info, table, &header)?)
 }
 
 /// Bytes of chunk data, for the progress bar.
