@@ -105,7 +105,8 @@ impl Tree {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
     Rafsd,
-    /// rafsd that looks for the next request for a while before it sleeps.
+    /// rafsd that looks for the next request for a while before it sleeps, and at depth 1 a guest that looks for the
+    /// answer.
     Polling,
     /// rafsd that shares the tree's directory, as virtiofsd does.
     Shared,
@@ -340,6 +341,11 @@ impl Served {
         places: Vec<P>,
     ) -> Result<(Outcome, Duration)> {
         let queues = places.len();
+        if self.program == Program::Polling {
+            // As `halt_poll_ns` has a guest's processor wait for one answer. With more queues there is no
+            // processor left for it.
+            self.queues[0].busy_poll = queues == 1 && depth == 1;
+        }
         let before = self.daemon.cpu_time();
         let start = Instant::now();
         let outcomes: Vec<Result<Outcome>> = std::thread::scope(|scope| {

@@ -205,7 +205,8 @@ impl<'a> Warm<'a> {
         };
         let latency = Family {
             name: "latency",
-            what: "The same READs one at a time; the guest sleeps until the answer.".into(),
+            what: "The same READs one at a time; the guest sleeps until the answer, but for that of `rafsd, polling`."
+                .into(),
             lead: ("p50 µs", false),
             cost: Some("p99 µs"),
             cases: single,
