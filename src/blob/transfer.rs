@@ -283,7 +283,10 @@ impl Pace {
         match &self.stream {
             Some(stream) => stream.received(bytes),
             None => {
-                self.link.answered(self.sent.elapsed());
+                // Who gave way did not look when it came.
+                if self.gave_way.is_zero() {
+                    self.link.answered(self.sent.elapsed());
+                }
                 self.stream = Some(self.link.stream());
                 if let Some(demand) = self.demand.as_mut().filter(|_| self.wanted) {
                     demand.streams();
