@@ -187,6 +187,16 @@ impl Link {
         }
     }
 
+    /// A chunk was there `latency` after it was looked for at a source of this host.
+    pub fn answered_here(&self, latency: Duration) {
+        self.measured().answered(latency);
+    }
+
+    /// Is the source known to be on this host?
+    pub fn is_here(&self) -> bool {
+        self.measured().distance().is_some_and(|distance| distance < NEAR)
+    }
+
     /// Sets the bounds anew: the estimates or the demand may have changed.
     pub fn refresh(&self) {
         let demand = self.expects_demand();

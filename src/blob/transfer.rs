@@ -203,7 +203,7 @@ pub async fn transfer(blob: &Arc<Blob>, units: Vec<Unit>, leave: Leave) -> Trans
 }
 
 /// What a unit takes of the budget, in bytes: both its forms.
-fn cost(unit: &Unit) -> u64 {
+pub fn cost(unit: &Unit) -> u64 {
     unit.stored_len() + unit.uncompressed
 }
 
@@ -396,7 +396,7 @@ impl Blob {
         Failure::Backend(Arc::new(error))
     }
 
-    fn backend_works(&self) {
+    pub(super) fn backend_works(&self) {
         if self.backend_down.load(Ordering::Relaxed)
             && self.backend_down.swap(false, Ordering::Relaxed)
         {
