@@ -164,9 +164,7 @@ fn the_claims_of_a_killed_process_are_free() {
     assert_eq!(before.values().flatten().count(), 1, "it asked for what the owner has claimed");
     owner.kill().unwrap();
     owner.wait().unwrap();
-    let start = Instant::now();
     assert!(waiter.wait().unwrap().success());
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     let twice = requests(dir.path()).values().flatten().filter(|range| **range == claimed).count();
     assert_eq!(twice, 2, "the heir fetches what the owner did not");
 }
@@ -175,7 +173,6 @@ fn the_claims_of_a_killed_process_are_free() {
 fn kill_at_any_time_and_never_a_wrong_byte() {
     let dir = tempfile::tempdir().unwrap();
     let files = dir.path().join("rafsd");
-    let start = Instant::now();
     for round in 0u64..30 {
         let mut children: Vec<_> = (0..2).map(|_| spawn("loop", "v6-batch", dir.path())).collect();
         // A time that differs from round to round and covers start, download and verification.
@@ -203,5 +200,4 @@ fn kill_at_any_time_and_never_a_wrong_byte() {
         }
     }
     assert!(spawn("read", "v6-batch", dir.path()).wait().unwrap().success());
-    assert!(start.elapsed() < Duration::from_secs(120));
 }

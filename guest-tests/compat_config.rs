@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use compat::{KataGo, eventually, rafs, snapshotter_config};
+use daemon::quick::ends_at_once;
 use daemon::{Daemon, golden, rafsd, scratch};
 use serde_json::{Value, json};
 use support::fault_registry::{Auth, Fault, FaultRegistry, Redirect};
@@ -19,8 +20,12 @@ use support::frontend::Vm;
 use support::image::Image;
 
 fn start(dir: &Path) -> (Daemon, KataGo) {
-    let args = "virtiofs --log-level info --apisock A --sock S --read-timeout 3s";
-    let daemon = Daemon::start(dir, rafsd(dir, args));
+    start_with(dir, "60s")
+}
+
+fn start_with(dir: &Path, read_timeout: &str) -> (Daemon, KataGo) {
+    let args = "virtiofs --log-level info --apisock A --sock S --read-timeout";
+    let daemon = Daemon::start(dir, rafsd(dir, &format!("{args} {read_timeout}")));
     (daemon, KataGo::connect(&dir.join("A")))
 }
 
@@ -31,6 +36,8 @@ fn registry(host: &str, cache: &Path, more: Value) -> String {
         "timeout": 5, "connect_timeout": 5, "retry_limit": 2});
     own.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     config["device"]["backend"] = json!({"type": "registry", "config": own});
+    // No read-ahead, so that nothing is there that nobody has read.
+    config["amplify_io"] = json!(0);
     config.to_string()
 }
 
@@ -45,6 +52,10 @@ fn basic(user: &str, password: &str) -> String {
 
 #[test]
 fn s28_a_mount_does_not_wait_for_what_it_prefetches() {
+    ends_at_once("a prefetch", mounts_that_prefetch);
+}
+
+fn mounts_that_prefetch() -> Duration {
     let dir = scratch();
     let image = Image::build(dir.path(), 2, 400_000, 64 << 10, "none").unwrap();
     let server = FaultRegistry::start(&image.blobs).unwrap();
@@ -66,8 +77,8 @@ fn s28_a_mount_does_not_wait_for_what_it_prefetches() {
     assert!(fuse.resolve(b"/m/f0001").is_ok(), "names do not wait either");
     daemon.signal(libc::SIGTERM);
     let (status, took, log) = daemon.end();
-    assert_eq!(status.code(), Some(0));
-    assert!(took < Duration::from_millis(500), "{took:?}: {log}");
+    assert_eq!(status.code(), Some(0), "{log}");
+    took
 }
 
 #[test]
@@ -343,7 +354,7 @@ fn s60_an_outage_gives_eio_and_passes() {
     let dir = scratch();
     let image = Image::build(dir.path(), 4, 400_000, 64 << 10, "none").unwrap();
     let server = FaultRegistry::start(&image.blobs).unwrap();
-    let (_daemon, kata) = start(dir.path());
+    let (_daemon, kata) = start_with(dir.path(), "10s");
     let config = registry(server.host(), &dir.path().join("cache"), json!({}));
     assert_eq!(kata.mount("/m", &rafs(&image.bootstrap, &config)).status, 204);
     let (_vm, mut fuse) = Vm::mounted(&dir.path().join("S"));

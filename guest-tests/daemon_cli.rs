@@ -1,4 +1,5 @@
 //! The program as a process: arguments, exit codes, sockets, signals, its log.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is how a test fails")]
 
 mod daemon;
 
@@ -10,6 +11,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use daemon::quick::ends_at_once;
 use daemon::{Daemon, golden, output, rafsd, scratch, small_image};
 
 /// Set to write the expected texts anew; the change then shows in review.
@@ -119,24 +121,30 @@ fn a_live_socket_is_not_taken_over() {
 #[test]
 fn signals_end_it_at_once_and_the_last_line_counts_bytes() {
     for signal in [libc::SIGTERM, libc::SIGINT] {
-        let dir = scratch();
-        let daemon = Daemon::small(dir.path());
-        // Connections of both kinds are open and idle.
-        let _vmm = UnixStream::connect(dir.path().join("S")).unwrap();
-        let _api = daemon.connect();
-        daemon.signal(signal);
-        let (status, took, log) = daemon.end();
-        assert_eq!(status.code(), Some(0), "{log}");
-        assert!(took < Duration::from_millis(500), "{took:?}: {log}");
-        let last = log.lines().last().unwrap();
-        assert!(last.contains("INFO") && last.contains("] fetched 0 of "), "{log}");
-        assert!(last.ends_with(" bytes"), "{log}");
-        assert!(!dir.path().join("A").exists() && !dir.path().join("S").exists());
+        ends_at_once("a signal", || {
+            let dir = scratch();
+            let daemon = Daemon::small(dir.path());
+            // Connections of both kinds are open and idle.
+            let _vmm = UnixStream::connect(dir.path().join("S")).unwrap();
+            let _api = daemon.connect();
+            daemon.signal(signal);
+            let (status, took, log) = daemon.end();
+            assert_eq!(status.code(), Some(0), "{log}");
+            let last = log.lines().last().unwrap();
+            assert!(last.contains("INFO") && last.contains("] fetched 0 of "), "{log}");
+            assert!(last.ends_with(" bytes"), "{log}");
+            assert!(!dir.path().join("A").exists() && !dir.path().join("S").exists());
+            took
+        });
     }
 }
 
 #[test]
 fn a_signal_ends_it_while_the_start_hangs() {
+    ends_at_once("a start that hangs", signal_while_the_start_hangs);
+}
+
+fn signal_while_the_start_hangs() -> Duration {
     let dir = scratch();
     // Opening a fifo waits for a writer that never comes, as a dead network file system does.
     let fifo = dir.path().join("config");
@@ -151,24 +159,31 @@ fn a_signal_ends_it_while_the_start_hangs() {
     let args = format!("--sock S --apisock A {} --config config", small_image());
     let mut child = rafsd(dir.path(), &args).spawn().unwrap();
     let begin = Instant::now();
-    while !dir.path().join("A").exists() {
+    let stream = loop {
+        if let Ok(stream) = UnixStream::connect(dir.path().join("A")) {
+            break stream;
+        }
         assert!(begin.elapsed() < daemon::SOON);
         std::thread::sleep(Duration::from_millis(2));
-    }
-    let stream = UnixStream::connect(dir.path().join("A")).unwrap();
+    };
     let (_, body) = daemon::exchange(&stream, "GET", "/api/v1/daemon", "");
     assert!(body.contains(r#""state":"INIT""#), "{body}");
     let stop = Instant::now();
     // SAFETY: the child was not waited for yet, so the pid is still its own.
     unsafe { libc::kill(libc::pid_t::try_from(child.id()).unwrap(), libc::SIGTERM) };
     let status = child.wait().unwrap();
-    assert!(stop.elapsed() < Duration::from_millis(500), "{:?}", stop.elapsed());
+    let took = stop.elapsed();
     assert_eq!(status.code(), Some(0));
     assert!(!dir.path().join("A").exists());
+    took
 }
 
 #[test]
 fn a_pipe_that_nobody_reads_holds_up_nothing() {
+    ends_at_once("a pipe that nobody reads", end_of_one_whose_pipe_nobody_reads);
+}
+
+fn end_of_one_whose_pipe_nobody_reads() -> Duration {
     let dir = scratch();
     let mut command = rafsd(
         dir.path(),
@@ -198,7 +213,7 @@ fn a_pipe_that_nobody_reads_holds_up_nothing() {
     daemon.signal(libc::SIGTERM);
     let (status, took, _) = daemon.end();
     assert_eq!(status.code(), Some(0));
-    assert!(took < Duration::from_millis(500), "{took:?}");
+    took
 }
 
 #[test]

@@ -49,7 +49,7 @@ const READ_CHECKS: [&str; 12] = [
 const TAG: &str = "image";
 
 /// How long a server may take until it listens, on a busy machine.
-const START_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn linux_7_3_under_qemu_11_reads_the_whole_image() {

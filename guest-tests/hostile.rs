@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use support::daemon::Daemon;
 use support::frontend::{Vm, VmConfig};
 use support::fuse_abi::*;
@@ -22,8 +23,8 @@ use support::virtqueue::{
 use support::{assert_same, say, to_u32};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// How long the device may take to give a malformed chain back.
-const LIMIT: Duration = Duration::from_secs(5);
+/// How long the device may take to give a malformed chain back, on a machine that is busy.
+const LIMIT: Duration = Duration::from_secs(60);
 
 struct Stage {
     daemon: Daemon,
@@ -715,6 +716,11 @@ fn four_hundred_lies_are_survived() {
     assert!(total >= 400, "only {total} cases");
 }
 
+/// What random cases begin with: `RAFSD_FUZZ_SEED`, or the same in each run.
+fn fuzz_seed() -> u64 {
+    std::env::var("RAFSD_FUZZ_SEED").map_or(1, |seed| seed.parse().expect("a number"))
+}
+
 /// How long each fuzzing test runs: `RAFSD_FUZZ_SECONDS`, or a moment.
 fn fuzz_time() -> Duration {
     let seconds = std::env::var("RAFSD_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok());
@@ -745,7 +751,7 @@ fn any_desc(rng: &mut Rng, stage: &Stage) -> Desc {
 
 #[test]
 fn random_rings_never_stop_a_queue() {
-    let seed = u64::from(std::process::id());
+    let seed = fuzz_seed();
     say(format!("random rings: seed {seed}"));
     let mut rng = Rng::new(seed);
     let mut stage = Stage::set(true, true);
@@ -808,7 +814,9 @@ fn random_requests_are_answered() {
         max_shrink_iters: 200,
         ..ProptestConfig::default()
     };
-    let mut runner = proptest::test_runner::TestRunner::new(config);
+    let seed = [fuzz_seed().to_le_bytes(); 4].concat();
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    let mut runner = TestRunner::new_with_rng(config, rng);
     let outcome = runner.run(&request, |(opcode, node, body, room, length)| {
         if Instant::now() > until {
             return Err(TestCaseError::fail("time is up"));

@@ -33,9 +33,14 @@ fn visit(daemon: &Daemon, vmm: Vmm, image: &Image) -> Vm {
     vm
 }
 
-/// What the daemon uses once it is idle: waits until `enough` is true, or for two seconds.
-fn settled(daemon: &Daemon, enough: impl Fn(Usage) -> bool) -> Usage {
-    let deadline = Instant::now() + Duration::from_secs(2);
+/// For what an idle machine does at once.
+const LIMIT: Duration = Duration::from_secs(60);
+/// Threads that have nothing to do end within this time.
+const IDLE: Duration = Duration::from_secs(2);
+
+/// What the daemon uses once it is idle: waits until `enough` is true, or for as long as `limit`.
+fn settled(daemon: &Daemon, limit: Duration, enough: impl Fn(Usage) -> bool) -> Usage {
+    let deadline = Instant::now() + limit;
     loop {
         let usage = daemon.usage();
         if enough(usage) || Instant::now() > deadline {
@@ -46,12 +51,15 @@ fn settled(daemon: &Daemon, enough: impl Fn(Usage) -> bool) -> Usage {
 }
 
 fn assert_no_growth(daemon: &Daemon, before: Usage, cycles: usize, what: &str) {
-    let after = settled(daemon, |u| u.fds <= before.fds && u.threads <= before.threads);
+    let most = before.anon_kib + 2048;
+    let after = settled(daemon, LIMIT, |u| {
+        u.fds <= before.fds && u.threads <= before.threads && u.anon_kib <= most
+    });
     say(format!("{what}: {cycles} cycles, from {before} to {after}"));
     assert!(after.fds <= before.fds, "{what}: fds\n{}", daemon.log());
     assert!(after.threads <= before.threads, "{what}: threads");
     assert!(
-        after.anon_kib <= before.anon_kib + 2048,
+        after.anon_kib <= most,
         "{what}: memory grew by {} KiB in {cycles} cycles",
         after.anon_kib - before.anon_kib
     );
@@ -66,7 +74,7 @@ fn vmms_come_and_go_and_leave_nothing_behind() {
     for vmm in Vmm::ALL.into_iter().cycle().take(10) {
         visit(&daemon, vmm, &image).stop().expect("a clean stop");
     }
-    let idle = settled(&daemon, |_| false);
+    let idle = settled(&daemon, IDLE, |_| false);
 
     for cycle in 0..60 {
         let vmm = Vmm::ALL[cycle % Vmm::ALL.len()];
@@ -100,7 +108,7 @@ fn a_vmm_that_talks_nonsense_does_not_keep_the_next_one_out() {
     for vmm in Vmm::ALL {
         visit(&daemon, vmm, &image);
     }
-    let idle = settled(&daemon, |_| false);
+    let idle = settled(&daemon, IDLE, |_| false);
     let mut rng = Rng::new(7);
     let mut cycles = 0;
     for round in 0..3 {
@@ -152,7 +160,7 @@ fn guests_that_vanish_with_parked_reads_leave_nothing_behind() {
     let backend = HangFs::mount(&image.blobs, &scratch.path().join("backend")).expect("a backend");
     let daemon = image
         .launch_over(backend.path(), scratch.path())
-        .read_timeout(Duration::from_secs(60))
+        .read_timeout(10 * LIMIT)
         .spawn()
         .expect("a daemon");
     let mut idle = None;
@@ -177,7 +185,7 @@ fn guests_that_vanish_with_parked_reads_leave_nothing_behind() {
         }
         fuse.flush();
         assert_eq!(parked, 30);
-        backend.wait_hanging(1, Duration::from_secs(5)).expect("the daemon asks its backend");
+        backend.wait_hanging(1, LIMIT).expect("the daemon asks its backend");
         if cycle % 3 == 0 {
             drop(vm);
             backend.set(Mode::Pass);
@@ -190,7 +198,7 @@ fn guests_that_vanish_with_parked_reads_leave_nothing_behind() {
         }
         if cycle == 5 {
             backend.set(Mode::Pass);
-            idle = Some(settled(&daemon, |_| false));
+            idle = Some(settled(&daemon, IDLE, |_| false));
         }
     }
     backend.set(Mode::Pass);
@@ -223,7 +231,7 @@ fn a_guest_goes_on_from_a_snapshot_in_another_process() {
         sent.push((file, ticket));
     }
     fuse.flush();
-    backend.wait_hanging(1, Duration::from_secs(5)).expect("the daemon asks its backend");
+    backend.wait_hanging(1, LIMIT).expect("the daemon asks its backend");
     assert!(vm.save_state().is_err(), "a guest that runs");
     vm.stop().expect("all rings stop");
     let state = vm.save_state().expect("the state");
@@ -233,7 +241,7 @@ fn a_guest_goes_on_from_a_snapshot_in_another_process() {
     let daemon = launch.spawn().expect("another daemon");
     vm.restore(&daemon.sock, &state).expect("the guest goes on");
     for (file, ticket) in sent {
-        let reply = fuse.wait(ticket, Duration::from_secs(10)).expect("its answer");
+        let reply = fuse.wait(ticket, LIMIT).expect("its answer");
         assert_eq!(reply.errno, 0);
         assert_same(&reply.bytes(), &pattern(file, 70_000, 4096), "a read that was held");
         fuse.recycle(reply);

@@ -14,7 +14,7 @@ use serde_json::json;
 use support::fault_registry::{Auth, Fault, FaultRegistry, Redirect};
 use support::rng::Rng;
 use support::say;
-use support::stage::{DEADLINE, SLACK, Stage, image, registry_at};
+use support::stage::{DEADLINE, PATIENT, SLACK, Stage, image, registry_at};
 
 /// What the guest gets while a fault lasts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +81,11 @@ fn a_fault_that_lasts_gives_right_bytes_or_eio_with_the_cause_and_leaves_nothing
         registry.set(fault);
         let place = stage.cold();
         let begin = Instant::now();
-        let got = stage.read(place, &what);
+        let mut got = stage.read(place, &what);
+        if outcome == Outcome::Right && got.is_err() {
+            // On a busy machine it may take longer than a read waits.
+            got = stage.read(place, &what);
+        }
         let took = begin.elapsed();
         say(format!("{what}: {got:?} after {took:?}"));
         match outcome {
@@ -98,9 +102,7 @@ fn a_fault_that_lasts_gives_right_bytes_or_eio_with_the_cause_and_leaves_nothing
         assert!(outcome == Outcome::Right || stage.metric(&metric) > counted, "{what}: {metric}");
         stage.read(warm, &what).expect("what is there is served");
         registry.set(Fault::None);
-        stage.read(place, &what).unwrap_or_else(|e| {
-            panic!("{what}: errno {e} although the registry is well: {}", stage.new_log())
-        });
+        stage.recovers(place, &what);
     }
 }
 
@@ -108,7 +110,8 @@ fn a_fault_that_lasts_gives_right_bytes_or_eio_with_the_cause_and_leaves_nothing
 fn a_fault_that_passes_is_not_noticed() {
     let (scratch, image) = image(12);
     let registry = FaultRegistry::start(&image.blobs).expect("a registry");
-    let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
+    let mut stage =
+        Stage::set_with(PATIENT, registry_at(registry.host(), json!({})), scratch, image);
     for (fault, _, cause, _) in FAULTS {
         let for_good = matches!(fault, Fault::Status(401..=416) | Fault::RetryAfter(_, 3600..));
         if for_good || fault == Fault::WholeBlob {
@@ -127,12 +130,14 @@ fn a_fault_that_passes_is_not_noticed() {
 fn a_slow_line_is_no_fault() {
     let (scratch, image) = image(4);
     let registry = FaultRegistry::start(&image.blobs).expect("a registry");
-    let mut stage = Stage::set(registry_at(registry.host(), json!({})), scratch, image);
+    let timeouts = json!({ "timeout": 5, "connect_timeout": 5 });
+    let backend = registry_at(registry.host(), timeouts);
+    let mut stage = Stage::set_with(PATIENT, backend, scratch, image);
     stage.read_right("all is well");
     registry.link(Duration::from_millis(300), None);
     stage.read_right("with 300 ms of latency");
-    registry.link(Duration::ZERO, Some(80 << 10));
-    stage.read_right("with 80 KiB/s: a chunk takes most of a second");
+    registry.link(Duration::ZERO, Some(10 << 10));
+    stage.read_right("with 10 KiB/s: a chunk takes longer than the time for an answer");
     assert!(!stage.new_log().contains("WARN"), "nothing to warn about");
 }
 
@@ -199,7 +204,8 @@ fn faults_that_come_and_go_under_load_never_give_wrong_bytes() {
     registry.set(Fault::None);
     other.set(Fault::None);
     for _ in 0..4 {
-        stage.read_right("all is well again");
+        let place = stage.cold();
+        stage.recovers(place, "all is well again");
     }
 }
 
@@ -209,8 +215,9 @@ fn tokens_that_expire_all_the_time_are_replaced() {
     let registry = FaultRegistry::start(&image.blobs).expect("a registry");
     let user = Some(("u".to_owned(), "p".to_owned()));
     registry.set_auth(Auth::Bearer { user, uses: 3 });
-    let auth = json!({ "auth": "dTpw" });
-    let mut stage = Stage::set(registry_at(registry.host(), auth), scratch, image);
+    let keys = json!({ "auth": "dTpw", "timeout": 20, "connect_timeout": 20 });
+    let backend = registry_at(registry.host(), keys);
+    let mut stage = Stage::set_with(Duration::from_secs(10), backend, scratch, image);
     for _ in 0..20 {
         stage.read_right("with tokens that are good for three requests");
     }
@@ -226,7 +233,7 @@ fn tokens_that_expire_all_the_time_are_replaced() {
     assert_eq!(stage.read(place, "without a token service"), Err(libc::EIO));
     stage.expect_log("HTTP status 503");
     registry.set_token_fault(Fault::None);
-    stage.read(place, "with a token service").expect("right bytes");
+    stage.recovers(place, "with a token service");
 }
 
 #[test]
@@ -238,8 +245,8 @@ fn redirects_are_followed_kept_and_asked_for_again() {
     // The store knows the signatures of its own redirects only, so it makes them itself.
     registry.set_redirect(Redirect::To(store.url()));
     store.accept_signatures();
-    let auth = json!({ "auth": "dTpw" });
-    let mut stage = Stage::set(registry_at(registry.host(), auth), scratch, image);
+    let keys = json!({ "auth": "dTpw", "timeout": 20, "connect_timeout": 20 });
+    let mut stage = Stage::set_with(PATIENT, registry_at(registry.host(), keys), scratch, image);
     for _ in 0..4 {
         stage.read_right("from the store");
     }
@@ -256,7 +263,7 @@ fn redirects_are_followed_kept_and_asked_for_again() {
     let place = stage.cold();
     assert_eq!(stage.read(place, "refused everywhere"), Err(libc::EIO));
     store.set(Fault::None);
-    stage.read(place, "the store is well again").expect("right bytes");
+    stage.recovers(place, "the store is well again");
 }
 
 /// The registry of these tests does what its faults say, seen with nothing but a socket.
@@ -268,7 +275,7 @@ fn each_fault_looks_on_the_wire_as_it_should() {
     let registry = FaultRegistry::start(blobs.path()).expect("a registry");
     let ask = || {
         let mut stream = TcpStream::connect(registry.addr()).expect("it listens");
-        stream.set_read_timeout(Some(Duration::from_millis(500))).expect("a time limit");
+        stream.set_read_timeout(Some(PATIENT)).expect("a time limit");
         let request = format!("GET /v2/r/blobs/sha256:{id} HTTP/1.1\r\nRange: bytes=2-5\r\n\r\n");
         stream.write_all(request.as_bytes()).expect("it reads");
         let _ = stream.shutdown(std::net::Shutdown::Write);

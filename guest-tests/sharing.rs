@@ -7,7 +7,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::fuse_client::FuseError;
 use support::hang_fs::{HangFs, Mode};
@@ -63,7 +63,7 @@ fn a_lying_backend_gives_eio_with_its_cause_and_recovers() {
         fs::create_dir(&dir).expect("a folder");
         let image = Image::build(&dir, 4, 4 << 20, 64 << 10, compressor).expect("an image");
         let backend = HangFs::mount(&image.blobs, &dir.join("backend")).expect("a backend");
-        let launch = image.launch_over(backend.path(), &dir).read_timeout(Duration::from_secs(3));
+        let launch = image.launch_over(backend.path(), &dir);
         let mut guest = Guest::boot(&launch, &image);
         // One byte in the third megabyte of the data, then the first half of it all.
         for lie in [(2 << 20) + 12_345..(2 << 20) + 12_346, 0..8 << 20] {
@@ -109,14 +109,18 @@ fn an_outage_ends_when_the_backend_is_back() {
         image.launch_over(backend.path(), scratch.path()).read_timeout(Duration::from_secs(3));
     let mut guest = Guest::boot(&launch, &image);
     guest.check(&image, 0..1);
+    let node = guest.nodes[3];
     for errno in [libc::EIO, libc::ENOENT, libc::ETIMEDOUT] {
         backend.set(Mode::Fail(errno));
-        let node = guest.nodes[3];
         assert_eq!(guest.fuse.read(node, 0, 1 << 20, 4096), Err(FuseError::Errno(libc::EIO)));
         guest.check(&image, 0..1);
-        backend.set(Mode::Pass);
     }
-    guest.check(&image, 0..4);
+    backend.set(Mode::Pass);
+    // On a busy machine a read may take longer than its limit.
+    let limit = Instant::now() + Duration::from_secs(60);
+    while let Err(e) = image.check_all(&mut guest.fuse) {
+        assert!(Instant::now() < limit, "{e:#}: {}", guest.daemon.log());
+    }
 }
 
 /// Files below `dir`, largest first.

@@ -334,7 +334,7 @@ fn a_read_does_not_wait_for_ever() {
 #[test]
 fn waits_of_one_read_share_a_deadline() {
     let (cache, source) = (tempfile::tempdir().unwrap(), Source::new("v6-none", "blobs"));
-    let timeout = Duration::from_secs(2);
+    let timeout = Duration::from_secs(10);
     let image = Image::mount_with("v6-none", cache, source.clone(), timeout);
     let node = image.guest.at(b"/b");
     let start = Instant::now();
@@ -346,7 +346,8 @@ fn waits_of_one_read_share_a_deadline() {
     let Outcome::Wait(wait) = round(&image, node, &pins) else { panic!("the file was cut") };
     let pins = RUNTIME.block_on(wait.ready());
     let took = start.elapsed();
-    assert!((timeout..timeout * 5 / 4).contains(&took), "{took:?}");
+    // With a time of its own the second wait would end half a timeout later.
+    assert!((timeout..timeout * 3 / 2).contains(&took), "{took:?}");
     assert!(matches!(round(&image, node, &pins), Outcome::Reply(16)), "EIO");
 }
 

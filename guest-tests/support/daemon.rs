@@ -15,7 +15,7 @@ use serde_json::json;
 use super::frontend::{Vm, VmConfig};
 
 /// How long a daemon may take until its sockets exist, on a machine that is busy with other tests.
-pub const START_TIMEOUT: Duration = Duration::from_secs(20);
+pub const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long something may take that only its log tells of.
 const LOG_TIMEOUT: Duration = Duration::from_secs(60);

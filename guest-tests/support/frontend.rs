@@ -30,8 +30,8 @@ use super::virtqueue::{Rings, Virtqueue};
 use super::window::{Takes, Window};
 use super::{to_u32, to_usize};
 
-/// How long a back end may take to answer a message.
-pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a back end may take to answer a message, or to listen, on a machine that is busy.
+pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
 pub const F_EVENT_IDX: u64 = 1 << 29;
@@ -736,7 +736,7 @@ impl Vm {
 
 /// Connects. A socket file exists for a moment before its owner listens on it.
 fn dial(socket: &Path) -> Result<UnixStream> {
-    let deadline = Instant::now() + Duration::from_millis(500);
+    let deadline = Instant::now() + CONTROL_TIMEOUT;
     loop {
         match UnixStream::connect(socket) {
             Err(error)

@@ -19,7 +19,7 @@ use super::virtqueue::{Segment, Used, Virtqueue};
 use super::{to_u32, to_usize};
 
 /// How long a single operation may take before the test fails.
-pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Longest header plus body of a request; the answer's header lies behind it in the same page.
 pub const REQUEST_MAX: usize = 2048;
@@ -723,12 +723,12 @@ impl Fuse {
     }
 }
 
-/// Entries of a READDIR or READDIRPLUS answer, checked for what the kernel checks.
 /// The body of a SETUPMAPPING, without a handle.
 pub fn setup_mapping(foffset: u64, len: u64, flags: u64, moffset: u64) -> Vec<u8> {
     [u64::MAX, foffset, len, flags, moffset].iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
+/// Entries of a READDIR or READDIRPLUS answer, checked for what the kernel checks.
 pub fn parse_dirents(mut bytes: &[u8], plus: bool) -> FuseResult<Vec<Dirent>> {
     let short = || FuseError::Protocol("directory answer ends inside an entry".into());
     let mut all = Vec::new();

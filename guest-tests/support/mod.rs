@@ -5,8 +5,8 @@
 //! code of the daemon, so that a layout that is wrong there cannot be wrong here in the same way.
 //! `daemon` runs `rafsd`, `golden` knows the images whose content is written down, and `hang_fs` is
 //! a backend that hangs, fails and lies on command, `fault_registry` one that does so over HTTP;
-//! `stage` puts a guest before it, `image` makes images of a size that tests choose. `guest` boots
-//! real Linux guests.
+//! `stage` puts a guest before it, `image` makes images of a size that tests choose. `quick`,
+//! which is not in here, holds a daemon to the time in which it ends. `guest` boots real Linux guests.
 
 // Each test program compiles this module whole and uses its own part of it.
 #![allow(dead_code)]

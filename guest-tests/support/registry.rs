@@ -20,10 +20,10 @@ use anyhow::{Context, Result, bail, ensure};
 use super::parts::{Parts, run};
 
 /// How long a registry may take until it answers, on a busy machine.
-const START_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// The registry logs a request just after its last byte: a log that has not grown for this long has all.
-const LOG_SETTLES: Duration = Duration::from_millis(150);
+const LOG_SETTLES: Duration = Duration::from_secs(1);
 
 /// How a registry meets its clients.
 #[derive(Clone, Debug, Default)]

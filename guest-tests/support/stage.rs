@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -16,9 +16,11 @@ use super::{assert_same, to_usize};
 pub const CHUNK: u64 = 64 << 10;
 pub const CHUNKS_PER_FILE: u64 = 16;
 pub const READ: usize = 4096;
-/// `--read-timeout` of the daemons here, and what is added to it for a machine that is busy.
+/// `--read-timeout` of daemons whose reads are to fail, and what is added to it for a machine that is busy.
 pub const DEADLINE: Duration = Duration::from_secs(3);
-pub const SLACK: Duration = Duration::from_secs(8);
+pub const SLACK: Duration = Duration::from_secs(60);
+/// `--read-timeout` of daemons whose reads are to succeed, however busy the machine is.
+pub const PATIENT: Duration = Duration::from_secs(60);
 
 /// An image in a registry, and a guest that reads it.
 pub struct Stage {
@@ -54,8 +56,18 @@ pub fn registry_at(host: &str, more: Value) -> Value {
 
 impl Stage {
     pub fn set(backend: Value, scratch: tempfile::TempDir, image: Image) -> Stage {
+        Stage::set_with(DEADLINE, backend, scratch, image)
+    }
+
+    /// With another `--read-timeout`.
+    pub fn set_with(
+        read_timeout: Duration,
+        backend: Value,
+        scratch: tempfile::TempDir,
+        image: Image,
+    ) -> Stage {
         let launch = image.launch(scratch.path()).backend("registry", backend);
-        Stage::launch(&launch.read_timeout(DEADLINE), scratch, image)
+        Stage::launch(&launch.read_timeout(read_timeout), scratch, image)
     }
 
     pub fn launch(launch: &Launch, scratch: tempfile::TempDir, image: Image) -> Stage {
@@ -112,6 +124,17 @@ impl Stage {
         let place = self.cold();
         if let Err(errno) = self.read(place, what) {
             panic!("{what}: errno {errno}: {}", self.new_log());
+        }
+    }
+
+    /// Reads from a chunk that failed before, now that nothing is wrong any more. On a busy machine that
+    /// may take longer than a read waits, so there is more than one try.
+    #[track_caller]
+    pub fn recovers(&mut self, place: (usize, u64), what: &str) {
+        let limit = Instant::now() + PATIENT;
+        while let Err(errno) = self.read(place, what) {
+            let late = Instant::now() > limit;
+            assert!(!late, "{what}: errno {errno} although all is well: {}", self.new_log());
         }
     }
 

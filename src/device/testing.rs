@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{BusyPoll, Counters, Device, DeviceConfig, Listener, Outcome, Serve, Stop, Wait};
 
 pub const HEADER: usize = 40;
-pub const LIMIT: Duration = Duration::from_secs(5);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// Copies its body into the answer.
 pub const ECHO: u32 = 1;

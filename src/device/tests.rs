@@ -916,7 +916,8 @@ fn vmms_come_and_go() {
         eventually("nobody waits", || daemon.world.waiting() == 0);
         if std::env::var_os(ALONE).is_some() {
             let before = *before.get_or_insert_with(resources);
-            eventually("all is released", || resources() == before);
+            let released = || resources().iter().zip(before).all(|(now, before)| *now <= before);
+            eventually("all is released", released);
         }
     }
     assert_eq!(daemon.count(|c| &c.connections_total), 30);
@@ -944,7 +945,8 @@ fn a_second_vmm_waits_for_the_first() {
 
 #[test]
 fn stopping_does_not_wait_for_anybody() {
-    let limit = Duration::from_millis(300);
+    // Each of them would be waited for without end.
+    let limit = LIMIT;
     // Nobody there.
     assert!(Daemon::start(1).end() < limit);
     // A VMM that says nothing, one in the middle of a message, one that reads no answers.
@@ -1000,7 +1002,7 @@ fn stopping_a_busy_ring_is_quick() {
     std::thread::sleep(Duration::from_millis(20));
     let start = Instant::now();
     vmm.stop_ring(1);
-    assert!(start.elapsed() < Duration::from_millis(300));
+    assert!(start.elapsed() < LIMIT, "{:?}", start.elapsed());
     busy.store(false, std::sync::atomic::Ordering::Relaxed);
     guest.join().unwrap();
 }
