@@ -64,6 +64,12 @@ impl Metered {
         Metered { inner, meter: Arc::default() }
     }
 
+    fn begin(&self, range: &Range<u64>) -> Reading {
+        let meter = Arc::clone(&self.meter);
+        let want = range.end.saturating_sub(range.start);
+        Reading { since: Instant::now(), want, bytes: 0, ended: false, meter }
+    }
+
     pub fn totals(&self) -> ReadTotals {
         let Meter { errors, bytes, reads, time_ms } = &*self.meter;
         let value = |number: &AtomicU64| number.load(Ordering::Relaxed);
@@ -82,9 +88,7 @@ impl Backend for Metered {
         blob: &BlobId,
         range: Range<u64>,
     ) -> BoxFuture<'_, Result<ByteStream, BackendError>> {
-        let meter = Arc::clone(&self.meter);
-        let want = range.end.saturating_sub(range.start);
-        let reading = Reading { since: Instant::now(), want, bytes: 0, ended: false, meter };
+        let reading = self.begin(&range);
         let read = self.inner.read(blob, range);
         async move {
             match read.await {
@@ -96,6 +100,13 @@ impl Backend for Metered {
             }
         }
         .boxed()
+    }
+
+    fn read_here(&self, blob: &BlobId, range: Range<u64>) -> Option<Bytes> {
+        let mut reading = self.begin(&range);
+        let bytes = self.inner.read_here(blob, range)?;
+        reading.saw(Some(&Ok(bytes.clone())));
+        Some(bytes)
     }
 
     fn size(&self, blob: &BlobId) -> BoxFuture<'_, Result<u64, BackendError>> {

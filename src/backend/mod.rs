@@ -57,6 +57,12 @@ pub trait Backend: Send + Sync {
         false
     }
 
+    /// The bytes `range` of `blob`, read on this thread, for which that is the quickest. `None`: not from
+    /// here, not now, or it failed; [`Backend::read`] says why.
+    fn read_here(&self, _blob: &BlobId, _range: Range<u64>) -> Option<Bytes> {
+        None
+    }
+
     /// Does it end by itself every read whose source is silent for too long? Then nobody else need
     /// watch it.
     fn watches_itself(&self) -> bool {

@@ -26,8 +26,6 @@ use crate::rafs::ci::ChunkInfos;
 const MAX_READERS: usize = 16;
 /// Runs of chunks that wait to be fetched; the oldest guesses are dropped.
 const MAX_QUEUE: usize = 256;
-/// Most bytes asked for ahead of one reader: so many products of latency and bandwidth.
-const MAX_WINDOW: u64 = 4;
 /// As long as one in so many bytes is used, guessing goes on at full width.
 const WORTHWHILE: u64 = 3;
 /// Bytes that may be guessed wrong before the width shrinks.
@@ -160,13 +158,13 @@ impl Ahead {
 }
 
 impl State {
-    /// A reader took `chunks`. What to ask for now: no more than twice what it has read in order, or,
-    /// to begin with, than `width`; at first inside the file. It is topped up early, so that a reader
-    /// as quick as the link never waits.
+    /// A reader took `chunks`. What to ask for now: no more than `window` makes of what it has read in
+    /// order, or, to begin with, than `width`; at first inside the file. It is topped up early, so that a
+    /// reader as quick as the link never waits.
     fn follow<P: Places>(
         &mut self,
         chunks: &Range<u32>,
-        product: u64,
+        window: impl Fn(u64) -> u64,
         width: u64,
         blob: &Neighbourhood<'_, P>,
     ) -> Option<Range<u32>> {
@@ -183,7 +181,7 @@ impl State {
         reader.asked = reader.asked.max(chunks.end);
         let in_order = reader.files >= FILES_IN_ORDER;
         let first = if in_order { 0 } else { self.trust.share(width) };
-        let window = reader.read.saturating_mul(2).max(first).min(MAX_WINDOW * product);
+        let window = window(reader.read).max(first);
         let ahead = blob.bytes(&(reader.next..reader.asked));
         let next = match window.checked_sub(ahead) {
             Some(room) if ahead <= window / 4 * 3 && room >= LEAST => {
@@ -227,7 +225,7 @@ impl Blob {
         let mut runs = Vec::new();
         let mut state = self.ahead.state();
         for chunks in near.join(units, 0, |_| false) {
-            runs.extend(state.follow(&chunks, product, width, &near));
+            runs.extend(state.follow(&chunks, |read| self.link.window(read), width, &near));
             let budget = state.trust.share(width);
             runs.extend(self.guess(&mut state, &near, &chunks, budget));
         }
@@ -245,7 +243,7 @@ impl Blob {
     /// The same for a reader that need not be quick.
     pub(super) fn hit(self: &Arc<Self>, chunk: u32) {
         let Some(table) = self.table.get() else { return };
-        let (product, width) = (self.link.product(), self.width());
+        let width = self.width();
         let near = self.neighbourhood(table);
         let members = Places::unit(near.places, chunk);
         let bytes = near.bytes(&members) / members.len().max(1) as u64;
@@ -253,7 +251,8 @@ impl Blob {
         add(&self.store.counters.read_ahead_used_bytes_total, bytes);
         let mut state = self.ahead.state();
         state.trust.used += bytes;
-        let runs = state.follow(&unit, product, width, &near).into_iter().collect();
+        let runs =
+            state.follow(&unit, |read| self.link.window(read), width, &near).into_iter().collect();
         self.ask(state, runs);
     }
 
@@ -403,7 +402,10 @@ mod tests {
         let mut state = State::default();
         reads
             .iter()
-            .map(|&i| state.follow(&(i..i + 1), 3 * 100 * 1024, 3 * 100 * 1024, &near))
+            .map(|&i| {
+                let window = |read: u64| (2 * read).min(12 * 100 * 1024);
+                state.follow(&(i..i + 1), window, 3 * 100 * 1024, &near)
+            })
             .collect()
     }
 

@@ -89,7 +89,7 @@ async fn download(blob: Arc<Blob>, mut units: Vec<Unit>, line: OnLine) {
     }
 }
 
-fn say_bad(unit: &Unit, reason: &Bad, then: &str) {
+pub fn say_bad(unit: &Unit, reason: &Bad, then: &str) {
     let reason = match reason {
         Bad::Digest => "wrong digest".to_owned(),
         Bad::Codec(e) => chain(e),

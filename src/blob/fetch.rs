@@ -14,13 +14,16 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
+
 use super::cache_file::{CacheFiles, Geometry};
 use super::claim::Claim;
 use super::counters::add;
 use super::download::{self, EarlyFailure};
 use super::error::{ChunkError, ChunkFailure, chain};
 use super::flight::{Slot, within};
-use super::gate::Class;
+use super::gate::{Class, Permit};
+use super::here;
 use super::store::{Blob, ChunkData, ChunkRef};
 use super::table::{Proof, Table};
 use super::transfer::Admitted;
@@ -347,19 +350,33 @@ pub fn release(blob: &Arc<Blob>, units: Vec<Unit>) {
     start(blob, units.into_iter().filter_map(Unit::release).collect());
 }
 
-/// Starts the task that makes `units` of `blob`, in the order of their chunks, readable.
+/// Starts what makes `units` of `blob`, in the order of their chunks, readable.
 fn start(blob: &Arc<Blob>, units: Vec<Unit>) {
-    if !units.is_empty() {
-        let task: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(run(blob.clone(), units));
-        blob.store.runtime.spawn(task);
+    if units.is_empty() {
+        return;
     }
+    // Mostly there is room at once: then it changes threads once less.
+    if let Some(worker) = blob.store.workers.pass(Class::Demand, 1).now_or_never() {
+        return run(blob.clone(), units, worker);
+    }
+    let looker = blob.clone();
+    let task: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(async move {
+        let worker = looker.store.workers.pass(Class::Demand, 1).await;
+        run(looker, units, worker);
+    });
+    blob.store.runtime.spawn(task);
 }
 
-async fn run(blob: Arc<Blob>, units: Vec<Unit>) {
-    let looker = blob.clone();
-    if let Ok(found) = blob.on_worker(move || look(&looker, units)).await {
+/// Looks for units on the blocking pool, and reads what is missing there, too, if the source is on this host.
+/// If the daemon ends before it comes to that, the units are dropped, which fails their waiters.
+fn run(blob: Arc<Blob>, units: Vec<Unit>, worker: Permit) {
+    let runtime = blob.store.runtime.clone();
+    runtime.spawn_blocking(move || {
+        let mut found = look(&blob, units);
+        drop(worker);
+        found.missing = here::read(&blob, found.missing);
         proceed(&blob, found);
-    } // else the units were dropped, which has failed their waiters
+    });
 }
 
 fn proceed(blob: &Arc<Blob>, found: Found) {

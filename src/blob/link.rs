@@ -6,6 +6,11 @@
 //! the last measurements, the bandwidth a high one. Their product is what the link carries in the
 //! time of one answer: so many bytes more in a request cost no more than a request more.
 //!
+//! How much is guessed follows from the distance, one of the least latencies of a longer time. Connection and
+//! token come before the first answer, and a busy host leaves answers lying; if that counted, guesses would
+//! feed on themselves: what they cost its processors makes a near registry look far away, which would be a
+//! reason to guess more.
+//!
 //! What nobody waits for is bounded in bytes, by the same product: whoever comes next never finds
 //! more than that in front of it. Guesses are sent one after the other, each when the link will be free for
 //! its answer ([`Link::turn`]).
@@ -37,7 +42,9 @@ const FIRST_LOW_BYTES: u64 = 1 << 20;
 const NEAR: Duration = Duration::from_millis(1);
 /// From this latency on as much is asked for early as the link carries in its time; with half of it, a
 /// quarter of that: a miss costs little where answers come soon, a guess what it always costs.
-const FAR: Duration = Duration::from_millis(5);
+const FAR: Duration = Duration::from_micros(4500);
+/// Most bytes asked for ahead of one reader: so many products of latency and bandwidth.
+const MAX_WINDOW: u64 = 4;
 /// Longest time for which a guess waits for the link: what is on its way may never come.
 const MAX_TURN: Duration = Duration::from_secs(1);
 /// How often it is looked whether a guess may be sent, and how early it may be, so that the link
@@ -113,6 +120,12 @@ impl Link {
         self.measured().width()
     }
 
+    /// Bytes worth asking for ahead of a reader that took `read` bytes in order: twice as many, less if the
+    /// source is near, at most a few products.
+    pub fn window(&self, read: u64) -> u64 {
+        self.measured().window(read)
+    }
+
     /// Requests on their way.
     pub fn line(&self) -> MutexGuard<'_, Line> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
@@ -147,7 +160,7 @@ impl Link {
     /// nothing to be kept free.
     fn known(&self) -> Option<(Duration, u64)> {
         let measured = self.measured();
-        Some((measured.latency()?, measured.bandwidths.quantile(3, 4)?))
+        Some((measured.latency()?, measured.bandwidths.high()?))
     }
 
     /// Waits until the first answer has come: then something is known.
@@ -166,12 +179,22 @@ impl Link {
     pub fn answered(&self, latency: Duration) {
         let mut measured = self.measured();
         let first = measured.latency().is_none();
-        measured.latencies.add(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        measured.answered(latency);
         drop(measured);
         self.refresh();
         if first {
             self.changed.notify_waiters();
         }
+    }
+
+    /// A chunk was there `latency` after it was looked for at a source of this host.
+    pub fn answered_here(&self, latency: Duration) {
+        self.measured().answered(latency);
+    }
+
+    /// Is the source known to be on this host?
+    pub fn is_here(&self) -> bool {
+        self.measured().distance().is_some_and(|distance| distance < NEAR)
     }
 
     /// Sets the bounds anew: the estimates or the demand may have changed.
@@ -275,23 +298,38 @@ impl Drop for Stream {
 #[derive(Default)]
 struct Measured {
     /// In microseconds.
-    latencies: Samples,
+    latencies: Samples<16>,
+    /// The same, of a longer time.
+    distances: Samples<64>,
     /// In bytes per second.
-    bandwidths: Samples,
+    bandwidths: Samples<16>,
     meter: Meter,
 }
 
 impl Measured {
+    /// How long an answer takes as things are.
     fn latency(&self) -> Option<Duration> {
-        self.latencies.quantile(1, 4).map(Duration::from_micros)
+        self.latencies.quarter().map(Duration::from_micros)
+    }
+
+    /// How long an answer takes from a source as near as this one has been.
+    fn distance(&self) -> Option<Duration> {
+        let least = self.distances.lowest().map(Duration::from_micros)?;
+        if least < FAR { Some(least) } else { self.latency() }
+    }
+
+    fn answered(&mut self, latency: Duration) {
+        let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+        self.latencies.add(micros);
+        self.distances.add(micros);
     }
 
     fn bandwidth(&self) -> u64 {
-        self.bandwidths.quantile(3, 4).unwrap_or(FIRST_BANDWIDTH)
+        self.bandwidths.high().unwrap_or(FIRST_BANDWIDTH)
     }
 
     fn product(&self) -> u64 {
-        match self.latency() {
+        match self.distance() {
             Some(latency) if latency >= NEAR => {
                 let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
                 self.bandwidth().saturating_mul(micros) / 1_000_000
@@ -302,9 +340,16 @@ impl Measured {
 
     fn width(&self) -> u64 {
         let far = FAR.as_micros();
-        let latency = self.latency().unwrap_or_default().as_micros().min(far);
+        let latency = self.distance().unwrap_or_default().as_micros().min(far);
         let width = u128::from(self.product()) * latency * latency / (far * far);
         u64::try_from(width).unwrap_or(u64::MAX)
+    }
+
+    fn window(&self, read: u64) -> u64 {
+        let far = FAR.as_micros();
+        let latency = self.distance().unwrap_or_default().as_micros().min(far);
+        let window = u128::from(read) * 2 * (2 * latency).min(far) / far;
+        u64::try_from(window).unwrap_or(u64::MAX).min(MAX_WINDOW * self.product())
     }
 
     fn early_limits(&self, demand: bool) -> Limits {
@@ -333,7 +378,7 @@ impl Measured {
     /// shows that the link is quicker than was thought.
     fn ended(&mut self, now: Instant) -> bool {
         let least = self.meter.end(now);
-        let better = least.filter(|rate| self.bandwidths.quantile(3, 4).is_none_or(|b| b < *rate));
+        let better = least.filter(|rate| self.bandwidths.high().is_none_or(|b| b < *rate));
         if let Some(rate) = better {
             self.bandwidths.add(rate);
         }
@@ -341,32 +386,42 @@ impl Measured {
     }
 }
 
-/// The last measurements of something.
+/// The last `KEPT` measurements of something.
 #[derive(Default)]
-struct Samples {
-    /// At most [`Samples::KEPT`], the next to be replaced at `next`.
+struct Samples<const KEPT: usize> {
+    /// At most `KEPT`, the next to be replaced at `next`.
     values: Vec<u64>,
     next: usize,
+    sorted: Vec<u64>,
 }
 
-impl Samples {
-    const KEPT: usize = 16;
-
+impl<const KEPT: usize> Samples<KEPT> {
     fn add(&mut self, value: u64) {
-        if self.values.len() < Self::KEPT {
+        if self.values.len() < KEPT {
             self.values.push(value);
         } else {
             self.values[self.next] = value;
-            self.next = (self.next + 1) % Self::KEPT;
+            self.next = (self.next + 1) % KEPT;
         }
+        self.sorted.clone_from(&self.values);
+        self.sorted.sort_unstable();
     }
 
-    /// The value that `of`ths of the measurements do not exceed, in `parts` of them.
-    fn quantile(&self, parts: usize, of: usize) -> Option<u64> {
-        let mut sorted = self.values.clone();
-        sorted.sort_unstable();
-        let last = sorted.len().checked_sub(1)?;
-        Some(sorted[(last * parts).div_ceil(of).min(last)])
+    /// The least, or, of more than 32, the second: the least may be an accident.
+    fn lowest(&self) -> Option<u64> {
+        self.sorted.get(self.sorted.len().saturating_sub(1) / 32).copied()
+    }
+
+    /// The value that a quarter of the measurements do not exceed.
+    fn quarter(&self) -> Option<u64> {
+        let last = self.sorted.len().checked_sub(1)?;
+        Some(self.sorted[last.div_ceil(4)])
+    }
+
+    /// The value that three quarters of the measurements do not exceed.
+    fn high(&self) -> Option<u64> {
+        let last = self.sorted.len().checked_sub(1)?;
+        Some(self.sorted[(last * 3).div_ceil(4)])
     }
 }
 
@@ -454,7 +509,8 @@ mod tests {
         for i in 0..40u64 {
             // Most answers are late, by very different times; one comes from a cache on the way.
             let late = if i % 3 == 0 { i % 5 } else { 7 * i % 400 };
-            measured.latencies.add(if i == 37 { 300 } else { 20_000 + late * 1000 });
+            let us = if i == 37 { 300 } else { 20_000 + late * 1000 };
+            measured.answered(Duration::from_micros(us));
             now = stream(&mut measured, now, 50 * MIB, 20 * MS);
             // A reader that was busy finds everything at once; a source stutters.
             measured.meter.begin(now);
@@ -468,8 +524,8 @@ mod tests {
         let bandwidth = measured.bandwidth();
         assert!((45 * MIB..56 * MIB).contains(&bandwidth), "{bandwidth}");
         // The link becomes a slow one.
-        for _ in 0..16 {
-            measured.latencies.add(100_000);
+        for _ in 0..64 {
+            measured.answered(Duration::from_micros(100_000));
             now = stream(&mut measured, now, MIB, 500 * MS);
         }
         assert_eq!(measured.latency(), Some(100 * MS));
@@ -478,10 +534,23 @@ mod tests {
     }
 
     #[test]
+    fn a_busy_host_and_the_first_connection_do_not_make_a_source_far_away() {
+        let mut measured = Measured::default();
+        measured.answered(Duration::from_micros(90_000)); // with a handshake and a token
+        for i in 0..200u64 {
+            // Answers wait for a processor, most of them long.
+            measured.answered(Duration::from_micros(1200 + i * 37 % 32 * 1000));
+            assert!(measured.distance().unwrap() <= 2200 * MS / 1000 || i < 31, "{i}");
+        }
+        measured.bandwidths.add(100 * MIB);
+        assert!(measured.width() < 64 << 10, "{}", measured.width());
+    }
+
+    #[test]
     fn a_source_of_this_host_is_never_asked_early() {
         let mut measured = Measured::default();
         for _ in 0..4 {
-            measured.latencies.add(200);
+            measured.answered(Duration::from_micros(200));
         }
         stream(&mut measured, Instant::now(), 2 << 30, 100 * MS);
         assert_eq!(measured.product(), 0);
@@ -490,16 +559,33 @@ mod tests {
     #[test]
     fn the_nearer_a_source_the_less_is_guessed() {
         // (latency in ms, bytes at 100 MiB/s)
-        let cases = [(1, 4194), (2, 33_554), (4, 268_435), (5, MIB / 2), (10, MIB), (20, 2 * MIB)];
+        let cases = [(1, 5178), (2, 41_425), (4, 331_401), (5, MIB / 2), (10, MIB), (20, 2 * MIB)];
         for (ms, want) in cases {
             let mut measured = Measured::default();
-            measured.latencies.add(ms * 1000);
+            measured.answered(Duration::from_micros(ms * 1000));
             measured.bandwidths.add(100 * MIB);
             assert_eq!(measured.width(), want, "{ms} ms");
         }
+        // (latency in ms, ahead of a reader that took 1 MiB, ahead of one that took 100)
+        let cases = [
+            (1, 419_428, 419_428),
+            (2, 838_860, 838_860),
+            (5, 2 * MIB, 2 * MIB),
+            (10, 2 * MIB, 4 * MIB),
+        ];
+        for (ms, first, last) in cases {
+            let mut measured = Measured::default();
+            measured.answered(Duration::from_micros(ms * 1000));
+            measured.bandwidths.add(100 * MIB);
+            assert_eq!(
+                (measured.window(MIB), measured.window(100 * MIB)),
+                (first, last),
+                "{ms} ms"
+            );
+        }
         let mut measured = Measured::default();
         assert_eq!(measured.width(), 0, "not measured");
-        measured.latencies.add(900);
+        measured.answered(Duration::from_micros(900));
         assert_eq!(measured.width(), 0, "this host");
     }
 
@@ -541,7 +627,7 @@ mod tests {
     #[test]
     fn early_bytes_are_bounded_by_what_the_link_carries() {
         let mut measured = Measured::default();
-        measured.latencies.add(20_000);
+        measured.answered(Duration::from_micros(20_000));
         for _ in 0..16 {
             measured.bandwidths.add(100 * MIB);
         }
@@ -552,8 +638,8 @@ mod tests {
         for (demand, want) in cases {
             assert_eq!(measured.early_limits(demand), want, "{demand}");
         }
-        measured.latencies = Samples::default();
-        measured.latencies.add(2_000_000);
+        (measured.latencies, measured.distances) = Default::default();
+        measured.answered(Duration::from_micros(2_000_000));
         assert_eq!(measured.early_limits(true)[1], 16 * MIB);
     }
 
@@ -569,7 +655,7 @@ mod tests {
         drop(demand);
         assert!(link.expects_demand() && !link.is_wanted());
         link.last_demand_ms.store(1, Ordering::Relaxed);
-        link.measured().latencies = Samples::default();
+        *link.measured() = Measured::default();
         link.answered(10 * MS);
         assert!(!link.expects_demand());
     }

@@ -23,6 +23,7 @@ pub mod error;
 mod fetch;
 mod flight;
 mod gate;
+mod here;
 mod line;
 mod link;
 mod neighbours;

@@ -203,7 +203,7 @@ pub async fn transfer(blob: &Arc<Blob>, units: Vec<Unit>, leave: Leave) -> Trans
 }
 
 /// What a unit takes of the budget, in bytes: both its forms.
-fn cost(unit: &Unit) -> u64 {
+pub fn cost(unit: &Unit) -> u64 {
     unit.stored_len() + unit.uncompressed
 }
 
@@ -283,7 +283,10 @@ impl Pace {
         match &self.stream {
             Some(stream) => stream.received(bytes),
             None => {
-                self.link.answered(self.sent.elapsed());
+                // Who gave way did not look when it came.
+                if self.gave_way.is_zero() {
+                    self.link.answered(self.sent.elapsed());
+                }
                 self.stream = Some(self.link.stream());
                 if let Some(demand) = self.demand.as_mut().filter(|_| self.wanted) {
                     demand.streams();
@@ -393,7 +396,7 @@ impl Blob {
         Failure::Backend(Arc::new(error))
     }
 
-    fn backend_works(&self) {
+    pub(super) fn backend_works(&self) {
         if self.backend_down.load(Ordering::Relaxed)
             && self.backend_down.swap(false, Ordering::Relaxed)
         {

@@ -73,6 +73,11 @@ impl<R> HeldTable<R> {
         self.again.iter().copied().chain(waiting).collect()
     }
 
+    /// Keeps a chain that was taken, to be served from the start.
+    pub(super) fn serve_again(&mut self, head: u16) {
+        self.again.push_back(head);
+    }
+
     /// Takes out a chain that has to be served from the start.
     pub(super) fn next_again(&mut self) -> Option<u16> {
         self.again.pop_front()

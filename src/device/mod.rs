@@ -14,6 +14,7 @@ mod chain;
 mod counters;
 mod fuse_service;
 mod held;
+mod helper;
 mod inflight;
 mod intake;
 mod memory;
@@ -61,7 +62,8 @@ pub trait Serve: Send + Sync + 'static {
     /// Longest request in bytes, header and body; what a guest sends beyond is not copied.
     const MAX_REQUEST_LEN: usize;
 
-    /// Called first on each thread that serves a queue; 0 is the queue for urgent requests.
+    /// Called first on each thread that serves a queue of its own; 0 is the queue for urgent requests.
+    /// Not on a helper, which shares large requests with one.
     fn enter(&self, _queue: u16) {}
 
     /// What has been agreed with the guest, for a service of another process that goes on with it;

@@ -6,7 +6,7 @@
 //! nothing. What a guest does is told from how long the queue has just slept: [`Polling`] looks longer
 //! after short sleeps and not at all after a long one, as KVM does for processors that halt.
 //!
-//! It is fed with times, and reads no clock itself.
+//! It is fed with times, and reads no clock itself but to say whether it is [`paused`](Polling::paused).
 
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,11 @@ impl Polling {
             BusyPoll::Auto => self.window,
             BusyPoll::For(time) => time,
         }
+    }
+
+    /// Whether the processors are somebody else's for now, as far as is known.
+    pub(super) fn paused(&self) -> bool {
+        self.paused_until.is_some_and(|until| Instant::now() < until)
     }
 
     /// Whether sleeps and lost processors are worth a look at the clock.

@@ -1,8 +1,8 @@
 //! A virtqueue at work: takes chains out of the available ring, has them served, gives them back.
 //!
-//! A `Worker` is the thread of a started ring. It alone touches the guest's memory on behalf of that
-//! ring, so it needs no lock, and when it has ended nobody does. It serves a chain as soon as it has
-//! taken it; chains whose answer must wait go to the table of held requests, and the worker serves
+//! A `Worker` is the thread of a started ring. It alone touches the ring, so it needs no lock, and when it
+//! has ended nobody touches the guest's memory on its behalf: a helper, which shares large requests with
+//! it, ends before. It serves a chain as soon as it has taken it; chains whose answer must wait go to the table of held requests, and the worker serves
 //! them again when the note comes that their wait is over.
 //!
 //! Nothing in the guest's memory is believed. What becomes of each kind of nonsense is listed in
@@ -24,6 +24,7 @@ use vm_memory::VolatileSlice;
 use super::chain::{Chain, Fault};
 use super::counters::{Complaint, Complaints, Counters, count};
 use super::held::{Held, HeldTable, Inbox, Note};
+use super::helper::{Done, Helped, Job, LARGE, MOST, Places};
 use super::inflight::Record;
 use super::memory::Memory;
 use super::parked::{Listed, ParkedRequest};
@@ -33,6 +34,8 @@ use super::{Outcome, Serve, Wait};
 
 /// Chains taken before the worker looks at its inbox again.
 const BATCH: u32 = 64;
+/// Chains taken before one of the pile is served, if there are any.
+const AHEAD: u32 = 4;
 /// After so many answers or bytes of answers the guest is told at the latest: it need not wait for a
 /// whole batch to get the first. Telling is a system call, and wakes a guest that sleeps.
 const TELL_AFTER: (u32, u32) = (32, 512 * 1024);
@@ -59,6 +62,8 @@ pub(super) struct Shared<S: Serve> {
     pub runtime: Handle,
     /// How long to look for the next request before sleeping.
     pub busy_poll: BusyPoll,
+    /// Helpers that the queues of the connection may have.
+    pub helpers: Arc<Places>,
 }
 
 impl<S: Serve> Shared<S> {
@@ -149,6 +154,10 @@ pub(super) struct Worker<S: Serve> {
     jumped_from: Option<u16>,
     /// When to look for the next request instead of sleeping.
     polling: Polling,
+    /// Large requests that are being served by this thread and another one.
+    helped: Helped<S>,
+    /// Reused for what the other one has served.
+    done: Vec<Done<S>>,
     /// Since when there has been nothing to do, if the worker has slept meanwhile.
     idle_since: Option<Instant>,
     /// Answers given back since the guest was last told.
@@ -174,6 +183,8 @@ impl<S: Serve> Worker<S> {
     ) -> Self {
         Worker {
             polling: Polling::new(shared.busy_poll),
+            helped: Helped::new(Arc::clone(&shared)),
+            done: Vec::new(),
             idle_since: None,
             shared,
             order,
@@ -215,6 +226,7 @@ impl<S: Serve> Worker<S> {
                 None => std::thread::sleep(POLL_INTERVAL),
             }
         }
+        self.end_helped(memory.load());
         (self.ring, self.held)
     }
 
@@ -233,32 +245,36 @@ impl<S: Serve> Worker<S> {
         let eager = !self.polling.window().is_zero();
         let (answers, bytes) = if eager { TELL_SOON_AFTER } else { TELL_AFTER };
         let mut most = if eager { 1 } else { answers };
-        let mut taken = 0;
-        let mut end = End::Batch;
-        while taken < BATCH && !self.order.to_halt() {
-            if self.held.len() >= usize::from(self.ring.size()) {
-                end = End::Full;
-                break;
+        let (mut taken, mut since_helped) = (0, 0);
+        let end = loop {
+            if taken >= BATCH || self.order.to_halt() {
+                break End::Batch;
             }
-            match self.pop(&view) {
+            self.collect_helped(&view);
+            let room = self.held.len() + self.helped.out() < usize::from(self.ring.size());
+            let popped = match room && since_helped < AHEAD {
+                true => self.pop(&view),
+                false => Popped::Nothing,
+            };
+            match popped {
                 Popped::Head(head) => {
                     if let Some(record) = &mut self.record {
                         record.taken(head);
                     }
                     self.serve(&view, memory, head);
+                    taken += 1;
+                    since_helped += u32::from(self.helped.out() > 0);
                 }
-                Popped::Nonsense => {}
-                Popped::Nothing => {
-                    end = End::Drained;
-                    break;
-                }
+                Popped::Nonsense => taken += 1,
+                Popped::Nothing if self.serve_helped(&view) || since_helped > 0 => since_helped = 0,
+                Popped::Nothing if room => break End::Drained,
+                Popped::Nothing => break End::Full,
             }
-            taken += 1;
             if self.unsignalled >= most || self.unsignalled_bytes >= bytes {
                 most = answers;
                 self.signal(&view);
             }
-        }
+        };
         self.signal(&view);
         if taken > 0 {
             let requests = &self.shared.counters.requests_total;
@@ -266,7 +282,7 @@ impl<S: Serve> Worker<S> {
         }
         match end {
             End::Batch => true,
-            // The next note wakes us.
+            // The next note or the helper wakes us.
             End::Full => false,
             // The guest may have added something before it could see that we want to be told again.
             End::Drained => self.linger(&view) || self.ring.enable_kicks(&view),
@@ -275,7 +291,7 @@ impl<S: Serve> Worker<S> {
 
     /// Whether there is something to do.
     fn has_work(&self, view: &View<'_>) -> bool {
-        self.ring.has_more(view) || self.shared.inbox().has_notes()
+        self.ring.has_more(view) || self.shared.inbox().has_notes() || self.helped.has_done()
     }
 
     /// Takes note of how long the worker has slept, when that has brought something.
@@ -406,21 +422,87 @@ impl<S: Serve> Worker<S> {
                 return self.give_back(view, &chain, len);
             }
         };
+        if chain.writable_len() >= LARGE && self.may_share(view) {
+            return self.helped.give(Job { chain, request, memory: Arc::clone(memory) });
+        }
         match handle(&*self.shared, &request, &reply, &self.no_pins) {
             Outcome::Wait(wait) => {
-                let (nodeid, opcode) = S::subject(&request);
-                let (unique, since) = (S::unique(&request), SystemTime::now());
-                let parked = ParkedRequest { nodeid, opcode, unique, since };
-                let held = Held {
-                    unique,
-                    _listed: Listed::new(&self.shared.counters, parked),
-                    chain,
-                    request,
-                    memory: Arc::clone(memory),
-                };
-                self.hold(held, wait);
+                self.park(Job { chain, request, memory: Arc::clone(memory) }, wait)
             }
             outcome => self.finish(view, &chain, outcome),
+        }
+    }
+
+    /// Holds a request that was served for the first time.
+    fn park(&mut self, job: Job<S::Request>, wait: Wait<S::Pins>) {
+        let Job { chain, request, memory } = job;
+        let (nodeid, opcode) = S::subject(&request);
+        let (unique, since) = (S::unique(&request), SystemTime::now());
+        let parked = ParkedRequest { nodeid, opcode, unique, since };
+        let _listed = Listed::new(&self.shared.counters, parked);
+        self.hold(Held { unique, _listed, chain, request, memory }, wait);
+    }
+
+    /// Whether a large request may go to the pile: there are others, and processors to spare.
+    fn may_share(&self, view: &View<'_>) -> bool {
+        let out = self.helped.out();
+        (out > 0 || self.ring.has_more(view))
+            && out < MOST
+            && self.shared.helpers.any()
+            && !self.polling.paused()
+    }
+
+    /// Serves the oldest request of the pile that nobody has begun. False if there is none.
+    fn serve_helped(&mut self, view: &View<'_>) -> bool {
+        let Some(job) = self.helped.take() else { return false };
+        let memory = Arc::clone(&job.memory);
+        let (reply, _) = job.chain.writable_slices(&memory);
+        let outcome = handle(&*self.shared, &job.request, &reply, &self.no_pins);
+        self.settle(view, Done { job, outcome });
+        true
+    }
+
+    /// Gives back what the helper has served.
+    fn collect_helped(&mut self, view: &View<'_>) {
+        if !self.helped.has_done() {
+            return;
+        }
+        let mut done = std::mem::take(&mut self.done);
+        self.helped.collect(&mut done);
+        done.drain(..).for_each(|done| self.settle(view, done));
+        self.done = done;
+        if self.helped.lost_processor() {
+            self.polling.lost_processor(Instant::now());
+        }
+    }
+
+    fn settle(&mut self, view: &View<'_>, done: Done<S>) {
+        match done.outcome {
+            Outcome::Wait(wait) => self.park(done.job, wait),
+            outcome => self.finish(view, &done.job.chain, outcome),
+        }
+    }
+
+    /// Leaves nothing on the pile and nothing with the helper, which ends.
+    fn end_helped(&mut self, memory: &Memory) {
+        if self.helped.out() == 0 {
+            return self.helped.end();
+        }
+        let parts = self.ring.parts(memory);
+        let view = parts.as_ref().and_then(Parts::view);
+        while let (Some(view), false) = (&view, self.order.to_abandon()) {
+            if !self.serve_helped(view) {
+                break;
+            }
+        }
+        self.helped.end();
+        if let Some(view) = &view {
+            self.collect_helped(view);
+            self.signal(view);
+        }
+        // The ring is not in the guest's memory now: if it comes back, they are served from the start.
+        for chain in self.helped.rest() {
+            self.held.serve_again(chain.head());
         }
     }
 
@@ -545,7 +627,7 @@ impl<S: Serve> Worker<S> {
 }
 
 /// Processor time of the calling thread.
-fn thread_time() -> Duration {
+pub(super) fn thread_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::try_from(time).unwrap_or_default()
 }
@@ -570,7 +652,7 @@ enum Popped {
 }
 
 /// Has the service carry out a request. A panic there is one failed request, not a dead queue.
-fn handle<S: Serve>(
+pub(super) fn handle<S: Serve>(
     shared: &Shared<S>,
     request: &S::Request,
     reply: &[VolatileSlice<'_>],

@@ -25,6 +25,7 @@ use virtio_bindings::bindings::virtio_ring::{
 
 use super::counters::{Complaint, Complaints, count};
 use super::held::Inbox;
+use super::helper::Places;
 use super::inflight::{self, Inflight, InflightError, Shape};
 use super::intake::{Arrival, Header, Intake};
 use super::memory::{Memory, MemoryError, Placement};
@@ -211,6 +212,8 @@ impl<S: Serve> Session<S> {
         let queues = device.config.request_queues + 1;
         let inboxes: Arc<[_]> =
             (0..queues).map(|_| Inbox::new().map(Arc::new)).collect::<io::Result<_>>()?;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let helpers = Arc::new(Places::new(processors));
         let ring = |index| {
             Ring::new(Arc::new(Shared {
                 index,
@@ -223,6 +226,7 @@ impl<S: Serve> Session<S> {
                 complaints: Arc::clone(&complaints),
                 runtime: device.runtime.clone(),
                 busy_poll: device.config.busy_poll,
+                helpers: Arc::clone(&helpers),
             }))
         };
         Ok(Session {

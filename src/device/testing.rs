@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,8 @@ pub const INTERRUPT: u32 = 5;
 pub const AGREE: u32 = 6;
 /// Answers what was agreed on.
 pub const AGREED: u32 = 7;
+/// Is not over before another one has begun, on another thread; answers whether one has.
+pub const MEET: u32 = 8;
 
 /// A request: length, operation, id, then a body at `HEADER`.
 pub fn request(op: u32, unique: u64, body: &[u8]) -> Vec<u8> {
@@ -61,6 +63,7 @@ pub struct Answer {
 #[derive(Default)]
 pub struct World {
     waits: Mutex<HashMap<u64, oneshot::Sender<()>>>,
+    met: (Mutex<u32>, Condvar),
     pub services: AtomicU32,
 }
 
@@ -74,6 +77,14 @@ impl World {
     /// Lets the wait end without a result.
     pub fn lose(&self, unique: u64) {
         self.waits.lock().unwrap().remove(&unique);
+    }
+
+    fn meet(&self) -> bool {
+        let mut begun = self.met.0.lock().unwrap();
+        *begun += 1;
+        self.met.1.notify_all();
+        let alone = |begun: &mut u32| *begun < 2;
+        !self.met.1.wait_timeout_while(begun, LIMIT, alone).unwrap().1.timed_out()
     }
 
     pub fn waiting(&self) -> usize {
@@ -184,6 +195,10 @@ impl Serve for Toy {
             }
             AGREED => {
                 Outcome::Reply(answer(request.unique, 0, &self.agreed().to_le_bytes(), reply))
+            }
+            MEET => {
+                let met = self.0.meet();
+                Outcome::Reply(answer(request.unique, 0, &[met.into()], reply))
             }
             PANIC => panic!("as the test wants it"),
             _ => Outcome::Reply(self.error(request.unique, libc::ENOSYS, reply)),

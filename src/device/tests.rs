@@ -17,6 +17,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use super::BusyPoll;
 use super::testing::*;
 
+mod helper;
 mod inflight;
 mod state;
 
