@@ -19,7 +19,7 @@ use super::{Outcome, Serve};
 
 /// Requests with room for so many bytes of answer are large: to copy them takes longer than to wake
 /// another thread.
-pub(super) const LARGE: u32 = 256 * 1024;
+pub(super) const LARGE: u32 = 512 * 1024;
 /// Most requests of a queue on its pile and with its helper.
 pub(super) const MOST: usize = 64;
 /// How long a helper sleeps before it ends.
