@@ -441,9 +441,18 @@ impl DriverRing {
 
     /// Makes a head available.
     pub fn publish(&mut self, head: u16) {
-        let entry = self.avail_ring() + 4 + 2 * u64::from(self.avail % self.size);
-        self.guest.set_u16(entry, head);
-        self.set_avail(self.avail.wrapping_add(1));
+        self.publish_all(&[head]);
+    }
+
+    /// Makes several chains available, all at once.
+    pub fn publish_all(&mut self, heads: &[u16]) {
+        let mut avail = self.avail;
+        for &head in heads {
+            let entry = self.avail_ring() + 4 + 2 * u64::from(avail % self.size);
+            self.guest.set_u16(entry, head);
+            avail = avail.wrapping_add(1);
+        }
+        self.set_avail(avail);
     }
 
     /// Moves the available index, whatever is in the entries.

@@ -3,13 +3,14 @@
 use super::super::helper::LARGE;
 use super::*;
 
-/// Makes requests for `slots` available, and then kicks, once.
+/// Makes requests for `slots` available, all at once, and then kicks. A queue that looks at the ring
+/// meanwhile does not find one of them alone.
 fn send_large(vmm: &mut Vmm, op: u32, slots: std::ops::Range<u16>) {
-    for slot in slots {
-        let body = slot.to_le_bytes();
-        let head = vmm.rings[1].prepare(slot, &request(op, slot.into(), &body), LARGE);
-        vmm.rings[1].publish(head);
-    }
+    let prepare = |slot: u16| {
+        vmm.rings[1].prepare(slot, &request(op, slot.into(), &slot.to_le_bytes()), LARGE)
+    };
+    let heads: Vec<u16> = slots.map(prepare).collect();
+    vmm.rings[1].publish_all(&heads);
     vmm.kick(1);
 }
 
