@@ -1,8 +1,8 @@
 //! The goals that the project has set itself, and whether this run has met them.
 
 use super::Results;
-use super::dax;
 use super::report::{Case, LIMIT_PREADV, LIMIT_ROUND_TRIP, OURS, Series, by_rows, show};
+use super::{cold_start, dax};
 
 /// A goal: what it is about, what is asked, what was measured, whether that is enough.
 struct Goal {
@@ -146,6 +146,11 @@ fn goals(results: &Results) -> Vec<Option<Goal>> {
             met: ours <= most,
         })
     };
+    // The same times an answer and the bytes: 0.26 s where these took 0.24.
+    let listed = results
+        .rows("cold-start")
+        .and_then(|all| row(all, cold_start::LIMIT)?.median("seconds"))
+        .map_or(0.0, |limit| limit * 0.26 / 0.24);
     let off = results
         .rows("cold-start")
         .and_then(|all| row(all, &format!("{OURS}, no prefetch"))?.median("seconds"));
@@ -181,7 +186,7 @@ fn goals(results: &Results) -> Vec<Option<Goal>> {
         waiting("p99 beside hanging reads", ["alone p99", "beside hanging reads p99"]),
         waiting("p50 beside a cold stream", ["alone p50 µs", "beside a stream p50"]),
         start("cold start, no prefetch", "≤ 0.8 s", "no prefetch", 0.8),
-        start("cold start, list", "≤ 0.26 s", "list", 0.26),
+        start("cold start, list", "≤ 1.08 × answer and bytes", "list", listed),
         start("cold start, whole blob", "≤ without", "whole blob", off.unwrap_or(0.0) * 1.02),
         cold(),
         mount(),

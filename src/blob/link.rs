@@ -57,6 +57,8 @@ const PIECES: u64 = 4;
 const LEAST_PIECE: u64 = 64 << 10;
 /// For so many latencies after the last demand more demand is expected.
 const DEMAND_LINGERS: u32 = 2;
+/// So long after it is first known, a source is kept free for the first demand: what is mounted is about to be read.
+const FIRST_DEMAND: Duration = Duration::from_millis(500);
 
 /// See the module's documentation.
 pub struct Link {
@@ -74,6 +76,8 @@ pub struct Link {
     /// When demand was there last, in milliseconds since `epoch`.
     last_demand_ms: AtomicU64,
     epoch: Instant,
+    /// Until when the first demand is expected.
+    first_demand: Instant,
     /// Wakes those that give way, when they need not any more, and those that know nothing, after the
     /// first answer.
     pub changed: Notify,
@@ -82,7 +86,7 @@ pub struct Link {
 impl Link {
     pub fn new(epoch: Instant) -> Link {
         let measured = Mutex::<Measured>::default();
-        let limits = measured.lock().unwrap_or_else(PoisonError::into_inner).early_limits(false);
+        let limits = measured.lock().unwrap_or_else(PoisonError::into_inner).early_limits(true);
         Link {
             requests: Gate::new(MAX_REQUESTS),
             early: Gate::new(limits),
@@ -93,6 +97,7 @@ impl Link {
             streaming: AtomicU32::new(0),
             last_demand_ms: AtomicU64::new(0),
             epoch,
+            first_demand: Instant::now() + FIRST_DEMAND,
             changed: Notify::new(),
         }
     }
@@ -209,8 +214,11 @@ impl Link {
             return true;
         }
         let last = self.last_demand_ms.load(Ordering::Relaxed);
+        if last == 0 {
+            return Instant::now() < self.first_demand;
+        }
         let lingers = self.estimate().0.unwrap_or_default() * DEMAND_LINGERS;
-        last > 0 && self.epoch.elapsed() < Duration::from_millis(last) + lingers
+        self.epoch.elapsed() < Duration::from_millis(last) + lingers
     }
 
     /// Somebody waits for a request, until the guard is dropped.
@@ -645,7 +653,12 @@ mod tests {
 
     #[test]
     fn demand_is_expected_for_a_while_after_it_was_there() {
-        let link = Arc::new(Link::new(Instant::now() - Duration::from_secs(1)));
+        let begin = Instant::now() - Duration::from_secs(1);
+        let mut link = Link::new(begin);
+        assert!(link.expects_demand(), "the first is");
+        assert_eq!(Measured::default().early_limits(true)[3], 0, "so nothing is filled");
+        link.first_demand = begin + FIRST_DEMAND;
+        let link = Arc::new(link);
         link.answered(Duration::from_secs(5));
         assert!(!link.expects_demand());
         let mut demand = link.demand();
