@@ -68,6 +68,20 @@ pub(super) struct Job<R> {
     pub memory: Arc<Memory>,
 }
 
+impl<R> Job<R> {
+    /// Has the service carry it out, whichever thread this is.
+    pub(super) fn serve<S: Serve<Request = R>>(
+        self,
+        shared: &Shared<S>,
+        pins: &S::Pins,
+    ) -> Done<S> {
+        let (reply, _) = self.chain.writable_slices(&self.memory);
+        let outcome = handle(shared, &self.request, &reply, pins);
+        drop(reply);
+        Done { job: self, outcome }
+    }
+}
+
 /// What became of one.
 pub(super) struct Done<S: Serve> {
     pub job: Job<S::Request>,
@@ -239,13 +253,11 @@ impl<S: Serve> Pile<S> {
         let pins = S::Pins::default();
         while let Some(job) = self.next() {
             let (since, used) = (Instant::now(), thread_time());
-            let (reply, _) = job.chain.writable_slices(&job.memory);
-            let outcome = handle(shared, &job.request, &reply, &pins);
-            drop(reply);
+            let done = job.serve(shared, &pins);
             if since.elapsed().saturating_sub(thread_time() - used) >= LOST {
                 self.lost.store(true, Ordering::Relaxed);
             }
-            self.lock().done.push(Done { job, outcome });
+            self.lock().done.push(done);
             if !self.finished.swap(true, Ordering::Release) {
                 shared.inbox().wake();
             }

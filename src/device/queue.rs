@@ -1,9 +1,10 @@
 //! A virtqueue at work: takes chains out of the available ring, has them served, gives them back.
 //!
-//! A `Worker` is the thread of a started ring. It alone touches the ring, so it needs no lock, and when it
-//! has ended nobody touches the guest's memory on its behalf: a helper, which shares large requests with
-//! it, ends before. It serves a chain as soon as it has taken it; chains whose answer must wait go to the table of held requests, and the worker serves
-//! them again when the note comes that their wait is over.
+//! A `Worker` is the thread of a started ring. It alone touches the ring, so it needs no lock, and when
+//! it has ended nobody touches the guest's memory on its behalf: a helper, which shares large requests
+//! with it, ends before. It serves a chain as soon as it has taken it; chains whose answer must wait go
+//! to the table of held requests, and the worker serves them again when the note comes that their wait
+//! is over.
 //!
 //! Nothing in the guest's memory is believed. What becomes of each kind of nonsense is listed in
 //! `docs/device.md`; every head that names a descriptor is given back exactly once.
@@ -455,10 +456,8 @@ impl<S: Serve> Worker<S> {
     /// Serves the oldest request of the pile that nobody has begun. False if there is none.
     fn serve_helped(&mut self, view: &View<'_>) -> bool {
         let Some(job) = self.helped.take() else { return false };
-        let memory = Arc::clone(&job.memory);
-        let (reply, _) = job.chain.writable_slices(&memory);
-        let outcome = handle(&*self.shared, &job.request, &reply, &self.no_pins);
-        self.settle(view, Done { job, outcome });
+        let done = job.serve(&self.shared, &self.no_pins);
+        self.settle(view, done);
         true
     }
 
