@@ -152,11 +152,7 @@ impl HostSession {
                     if left.is_zero() {
                         return Err(io::Error::new(io::ErrorKind::TimedOut, "no session begins"));
                     }
-                    let mut fds = [PollFd::new(&self.device, PollFlags::IN)];
-                    match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
-                        Ok(_) | Err(Errno::INTR) => {}
-                        Err(e) => return Err(e.into()),
-                    }
+                    self.sleep(Timespec::try_from(left).ok().as_ref())?;
                 }
                 Err(e) => return Err(e.into()),
             }
@@ -192,7 +188,7 @@ impl HostSession {
             match rustix::io::read(&self.device, &mut request[..]) {
                 Ok(len) => self.serve_one(&request[..len], &mut answer),
                 Err(Errno::AGAIN) => {
-                    if self.sleep()? {
+                    if self.sleep(None)? {
                         return Ok(Ended::Stopped);
                     }
                 }
@@ -214,11 +210,11 @@ impl HostSession {
         }
     }
 
-    /// Sleeps until there is a request; true if the thread should end.
-    fn sleep(&self) -> io::Result<bool> {
+    /// Sleeps until there is a request, or for so long; true if the thread should end.
+    fn sleep(&self, limit: Option<&Timespec>) -> io::Result<bool> {
         let mut fds =
             [PollFd::new(&self.device, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, limit) {
             Ok(_) => Ok(!fds[1].revents().is_empty()),
             Err(Errno::INTR) => Ok(false),
             Err(e) => Err(e.into()),
