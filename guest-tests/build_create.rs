@@ -137,7 +137,7 @@ fn a_sparse_file_of_5_gib_costs_neither_time_nor_memory() {
     Content::open(&image, &built.blobs);
 }
 
-/// Runs `rafs` on two threads; its largest resident set in KiB.
+/// Runs `rafs` on two threads; its largest resident set in KiB, and its processor time.
 ///
 /// The kernel counts what a process was before `exec` too, so its parent must be small: not us.
 fn cost(args: [&OsStr; 3]) -> (u64, Duration) {
